@@ -1,0 +1,581 @@
+"""GPT-2 in one file: the network, OpenAI's checkpoint in, Hugging Face's format out and in, sampling.
+
+The network is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN blocks,
+tanh GELU, learned positions, output head tied to the token embedding. The names (wte, wpe, h, ln_1, attn.c_attn ...)
+are OpenAI's, so weights map by name. Its one addition is `GPTConfig.generation`: for each block, the growth that
+inserted it (0 for the original ones), so that a saved network knows its own history.
+
+    model = GPT.from_pretrained("gpt2")
+    logits, loss = model(idx, targets)
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+from data import UserError
+
+# ------------------------------------------------------------------------------------------------------------
+# The network. Shapes: B rows, T tokens a row, C = n_embd channels, V = vocab_size.
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50257
+    block_size: int = 1024  # positions: the longest context, in tokens
+    n_head: int = 12
+    n_embd: int = 768
+    generation: tuple = (0,) * 12  # per block: 0 = original, k = inserted by the k-th growth
+    dropout: float = 0.0
+
+    @property
+    def n_layer(self):
+        return len(self.generation)
+
+    def __post_init__(self):
+        self.generation = tuple(self.generation)
+        sizes = {k: getattr(self, k) for k in ("vocab_size", "block_size", "n_head", "n_embd")}
+        for name, value in sizes.items():
+            if type(value) is not int or not 0 < value < 2**24:
+                raise UserError(f"{name} must be a positive whole number, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if not all(type(g) is int and g >= 0 for g in self.generation):
+            raise UserError("generation must hold one whole number >= 0 per block")
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
+        if cache is not None:  # decoding: T is the whole prompt at first and then 1, so causal masking is right or moot
+            if cache:
+                k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            cache[:] = k, v
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=p)  # (B, H, T, C/H)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), p)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x + attention + MLP. With both c_proj zero it returns x, bit for bit: that is how a network grows."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in config.generation)
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            init_parameter(name, p, config.n_layer)
+
+    def embed(self, idx, start=0):
+        """Token ids (B, T) at positions start, start + 1, ... -> (B, T, C)."""
+        position = torch.arange(start, start + idx.size(1), device=idx.device)
+        return F.dropout(self.wte(idx) + self.wpe(position), self.config.dropout, self.training)
+
+    def run(self, x, start=0, stop=None):
+        """Pass x (B, T, C) through blocks start, ..., stop - 1."""
+        for block in list(self.h)[start:stop]:
+            x = block(x)
+        return x
+
+    def head(self, x):
+        """(B, T, C) -> logits (B, T, V). The output matrix is the token embedding."""
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+    def token_loss(self, x, targets):
+        """Nats per token, (B, T), of the targets given the last block's output x; 0 where a target is -1."""
+        return cross_entropy(self.head(x), targets)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), and the mean loss in nats per target or None."""
+        if idx.size(1) > self.config.block_size:
+            raise UserError(f"{idx.size(1)} tokens exceed the model's block_size of {self.config.block_size}")
+        logits = self.head(self.run(self.embed(idx)))
+        if targets is None:
+            return logits, None
+        return logits, cross_entropy(logits, targets).sum() / (targets >= 0).sum()
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
+
+        Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has said
+        <|endoftext|> (the last id of the vocabulary) is filled up with it. Contexts are cropped on the left to
+        block_size.
+        """
+        if idx.size(1) == 0:
+            raise UserError("the prompt is empty: give at least one token")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise UserError("temperature must be at least 0 and top_k at least 1")
+        eot = self.config.vocab_size - 1
+        done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        was_training = self.training
+        self.eval()
+        cache = None
+        with torch.compiler.set_stance("force_eager"):  # every length is a new shape: do not compile for each
+            for _ in range(max_new_tokens):
+                seen = idx.size(1)
+                if cache is None or seen > self.config.block_size:  # a cropped window moves every position
+                    cache = [[] for _ in self.h]
+                    x = self.embed(idx[:, -self.config.block_size :])
+                else:
+                    x = self.embed(idx[:, -1:], start=seen - 1)
+                for block, kv in zip(self.h, cache):
+                    x = block(x, kv)
+                chosen = pick(self.head(x[:, -1]).float(), temperature, top_k, generator)  # (B, 1)
+                chosen = torch.where(done, eot, chosen)
+                idx = torch.cat([idx, chosen], 1)
+                done |= chosen == eot
+                if done.all():
+                    break
+        self.train(was_training)
+        return idx
+
+    # Loading and saving: the formats follow below the network.
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with OpenAI's or Hugging Face's files.
+
+        Raises UserError (a ValueError) that names the file and its fault.
+        """
+        config = read_config(name_or_folder)
+        folder = fetch_gpt2(name_or_folder) if name_or_folder in SIZES else Path(name_or_folder)
+        take = open_openai(folder) if (folder / "hparams.json").exists() else open_huggingface(folder)
+        with torch.device("meta"):  # shapes only: no memory and no random numbers for weights about to be replaced
+            model = cls(config)
+        weights = {name: take(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        take(None, None)
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write Hugging Face's format: GPT2LMHeadModel and AutoTokenizer load it, from_pretrained too."""
+        save_huggingface(self, Path(folder))
+
+
+def init_parameter(name, p, n_layer):
+    """GPT-2's initialisation: N(0, 0.02), output projections scaled by 1/sqrt(2 n_layer), biases 0, gains 1."""
+    if p.dim() == 2:
+        nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02)
+    else:
+        nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
+
+
+def cross_entropy(logits, targets):
+    """The one loss: nats per token in float32, (B, T), 0 where the target is -1."""
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    return loss.view(targets.shape)
+
+
+def pick(logits, temperature, top_k, generator=None):
+    """Next ids (B, 1) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# OpenAI's checkpoint: a TensorFlow "tensor bundle". model.ckpt.data-00000-of-00001 holds the tensors one after the
+# other, raw; model.ckpt.index is a LevelDB-style table of serialised BundleEntryProto messages that say where.
+# (tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto, leveldb/doc/table_format.md)
+
+INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+
+
+def read_openai_checkpoint(folder):
+    """{variable name: float32 array}, mapped from the file without reading it. Raises UserError on any damage."""
+    index, path = Path(folder) / INDEX, Path(folder) / DATA
+    try:
+        entries = read_table(index.read_bytes())
+        size = path.stat().st_size
+    except OSError as e:
+        raise UserError(f"{e.filename}: {e.strerror}") from e
+    except (ValueError, IndexError, struct.error) as e:
+        raise UserError(f"{index}: damaged ({e})") from e
+    arrays, end = {}, 0
+    header = entries.pop("", {})
+    if header.get(1) != [1] or 2 in header:
+        raise UserError(f"{index}: not an index of one little-endian file")
+    spans = sorted((e.get(4, [0])[0], name) for name, e in entries.items())
+    for offset, name in spans:
+        entry = entries[name]
+        shape = tuple(protobuf(dim).get(1, [0])[0] for dim in protobuf(entry.get(2, [b""])[0]).get(2, []))
+        length = 4 * math.prod(shape)
+        if entry.get(1) != [1] or 3 in entry or 7 in entry:
+            raise UserError(f"{index}: {name} is not a whole float32 tensor")
+        if offset != end or entry.get(5, [0]) != [length] or offset + length > size:
+            raise UserError(f"{index}: {name} does not lie where the variable before it ends, inside {DATA}")
+        arrays[name] = np.memmap(path, "<f4", "c", offset, shape)
+        end = offset + length
+    if not arrays or end != size:
+        raise UserError(f"{path} has {size:,} bytes, but its index describes {end:,}")
+    return arrays
+
+
+def read_table(raw):
+    """{key: {field number: [values]}} of a TensorFlow index file's bytes."""
+    if len(raw) < 48 or raw[-8:] != bytes.fromhex("57fb808b247547db"):
+        raise ValueError("no table magic at the end")
+    footer = raw[-48:]
+    _, i = handle(footer, 0)  # the metaindex block, empty in these files
+    (offset, size), _ = handle(footer, i)
+    table = {}
+    for _, value in table_entries(block_contents(raw, offset, size)):  # index block -> data blocks
+        (start, length), _ = handle(value, 0)
+        for key, message in table_entries(block_contents(raw, start, length)):
+            table[key.decode()] = protobuf(message)
+    return table
+
+
+def handle(raw, i):
+    offset, i = varint(raw, i)
+    size, i = varint(raw, i)
+    return (offset, size), i
+
+
+def block_contents(raw, offset, size):
+    """A block's bytes; behind them stand a compression type and a masked CRC-32C of both."""
+    block = raw[offset : offset + size + 5]
+    if len(block) != size + 5:
+        raise ValueError("a block reaches past the end")
+    kind, crc = struct.unpack("<BI", block[-5:])
+    c = crc32c(block[:-4])
+    if ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF != crc:
+        raise ValueError("a block's checksum is wrong")
+    if kind != 0:
+        raise ValueError("a block is compressed")
+    return block[:-5]
+
+
+def table_entries(block):
+    """(key, value) pairs. Keys share a prefix with the one before; the restart array at the end only helps seeks."""
+    end = len(block) - 4 * (struct.unpack("<I", block[-4:])[0] + 1)
+    i, key = 0, b""
+    while i < end:
+        shared, i = varint(block, i)
+        unshared, i = varint(block, i)
+        length, i = varint(block, i)
+        key = key[:shared] + block[i : i + unshared]
+        i += unshared + length
+        yield key, block[i - length : i]
+
+
+def varint(raw, i):
+    value = shift = 0
+    while True:
+        byte = raw[i]
+        value |= (byte & 127) << shift
+        i, shift = i + 1, shift + 7
+        if byte < 128:
+            return value, i
+
+
+def protobuf(raw):
+    """{field number: [values]} of a serialised message: whole numbers (wire types 0 and 5) and bytes (type 2)."""
+    fields, i = {}, 0
+    while i < len(raw):
+        tag, i = varint(raw, i)
+        if tag & 7 == 0:
+            value, i = varint(raw, i)
+        elif tag & 7 == 2:
+            length, i = varint(raw, i)
+            value, i = raw[i : i + length], i + length
+        elif tag & 7 == 5:
+            value, i = struct.unpack("<I", raw[i : i + 4])[0], i + 4
+        else:
+            raise ValueError(f"unknown wire type {tag & 7}")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def crc32c(raw):
+    crc = 0xFFFFFFFF
+    for byte in raw:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def openai_name(name):
+    """h.0.attn.c_attn.weight -> model/h0/attn/c_attn/w"""
+    *path, last = ("model." + name).replace(".h.", ".h").split(".")
+    if path[-1] in ("wte", "wpe"):
+        return "/".join(path)
+    return "/".join(path + ["b" if last == "bias" else "g" if path[-1].startswith("ln_") else "w"])
+
+
+def open_openai(folder):
+    arrays = read_openai_checkpoint(folder)
+    arrays = {k: a[0] if k.endswith("/w") and a.ndim == 3 and len(a) == 1 else a for k, a in arrays.items()}
+    return taker(arrays, folder / INDEX, openai_name)
+
+
+def taker(arrays, source, rename=lambda name: name):
+    """take(name, shape) -> tensor; take(None, None) at the end checks that nothing is left over.
+
+    Both formats store the weight of a linear layer as (in, out); nn.Linear wants (out, in).
+    """
+
+    def take(name, shape):
+        if name is None:
+            if arrays:
+                raise UserError(f"{source}: {len(arrays)} tensors belong to no parameter, {min(arrays)} among them")
+            return None
+        if rename(name) not in arrays:
+            raise UserError(f"{source}: no tensor {rename(name)}")
+        array = arrays.pop(rename(name))
+        linear = is_linear(name)
+        if tuple(array.shape) != (shape[::-1] if linear else shape):
+            raise UserError(f"{source}: {rename(name)} has shape {tuple(array.shape)}, the model needs {shape}")
+        tensor = torch.from_numpy(np.array(array, np.float32))  # a copy: the file may be unaligned, or go away
+        return tensor.t().contiguous() if linear else tensor
+
+    return take
+
+
+def is_linear(name):
+    return name.endswith(".weight") and ".c_" in name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model's shape, known before its weights are read: hparams.json is OpenAI's, config.json Hugging Face's
+
+SHAPE_FILES = {
+    "hparams.json": ("n_vocab", "n_ctx", "n_head", "n_embd", "n_layer"),
+    "config.json": ("vocab_size", "n_positions", "n_head", "n_embd", "n_layer"),
+}
+
+
+def read_config(name_or_folder):
+    """GPTConfig of what from_pretrained would load. Raises UserError."""
+    if name_or_folder in SIZES:
+        _, n_layer, n_embd, n_head, *_ = SIZES[name_or_folder]
+        return GPTConfig(n_head=n_head, n_embd=n_embd, generation=(0,) * n_layer)
+    for file, keys in SHAPE_FILES.items():
+        path = Path(name_or_folder) / file
+        if path.exists():
+            break
+    else:
+        raise UserError(
+            f"no model in {name_or_folder}: give one of {', '.join(SIZES)}, a folder with OpenAI's hparams.json and "
+            "model.ckpt files, or one with config.json and model.safetensors"
+        )
+    try:
+        h = json.loads(path.read_bytes())
+        vocab_size, block_size, n_head, n_embd, n_layer = (h[key] for key in keys)
+        if type(n_layer) is not int or not 0 < n_layer < 10_000:
+            raise ValueError(f"n_layer must be a positive whole number, not {n_layer!r}")
+        generation = h.get("generation", (0,) * n_layer)
+        if len(generation) != n_layer:
+            raise ValueError(f"generation has {len(generation)} entries for {n_layer} layers")
+        return GPTConfig(vocab_size, block_size, n_head, n_embd, generation)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path}: damaged or not a GPT-2's ({type(e).__name__}: {e})") from e
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Hugging Face's format: config.json and model.safetensors (8 bytes: length N; N bytes of JSON; the tensors)
+
+DTYPES = {"F32": "<f4", "F16": "<f2"}
+
+
+def read_safetensors(path):
+    """{name: array}, mapped from the file, and its metadata. Raises UserError on any damage it can see.
+
+    Our own exports carry the sha256 of their tensors, which is checked; other files have no checksum.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > min(size - 8, 100_000_000):
+                raise ValueError("its header reaches past the end")
+            header = json.loads(f.read(length))
+            metadata = header.pop("__metadata__", {})
+            digest = hashlib.file_digest(f, "sha256").hexdigest() if "sha256" in metadata else None
+            if digest != metadata.get("sha256"):
+                raise ValueError("its tensors do not have the sha256 that its header gives")
+        arrays, end = {}, 0
+        for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, stop = t["data_offsets"]
+            dtype, shape = np.dtype(DTYPES[t["dtype"]]), tuple(t["shape"])
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
+                raise ValueError(f"{name} has an impossible shape or place")
+            if begin != end or stop - begin != dtype.itemsize * math.prod(shape) or 8 + length + stop > size:
+                raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
+            if stop > begin:
+                arrays[name] = np.memmap(path, dtype, "c", 8 + length + begin, shape)
+            end = stop
+        if 8 + length + end != size:
+            raise ValueError("bytes are left over after the last tensor")
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path}: damaged or of an unknown kind ({e})") from e
+    return arrays
+
+
+def open_huggingface(folder):
+    arrays = {}
+    for name, array in read_safetensors(folder / "model.safetensors").items():
+        name = name.removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":  # causal masks
+            arrays[name] = array
+    return taker(arrays, folder / "model.safetensors")
+
+
+def save_huggingface(model, folder):
+    c = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    end_of_text = c.vocab_size - 1
+
+    def tensors():
+        for name, p in model.named_parameters():
+            p = p.detach().float().cpu()
+            yield name, (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
+
+    header, digest, end = {}, hashlib.sha256(), 0
+    for name, array in tensors():
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+        digest.update(array)
+        end += array.nbytes
+    header["__metadata__"] = {"format": "pt", "sha256": digest.hexdigest()}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        for _, array in tensors():
+            f.write(array)
+
+    if c.vocab_size == data.GPT2:  # Hugging Face's names for OpenAI's two tokenizer files
+        files = data.tokenizer_files()
+        (folder / "vocab.json").write_bytes(files["encoder.json"].read_bytes())
+        (folder / "merges.txt").write_bytes(files["vocab.bpe"].read_bytes())
+        special = {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
+        tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size, **special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    config = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
+        "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
+        "n_head": c.n_head, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+        "bos_token_id": end_of_text, "eos_token_id": end_of_text, "tie_word_embeddings": True,
+        "torch_dtype": "float32", "generation": c.generation,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where the weights are
+
+OPENAI_URLS = [
+    "https://openaipublic.blob.core.windows.net/gpt-2/models/{size}/{file}",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/{size}/{file}",
+]
+HUGGINGFACE_URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
+
+# name: OpenAI's size, layers, width, heads, bytes of .index and of .data; Hugging Face's revision, bytes, sha256
+SIZES = {
+    "gpt2": ("124M", 12, 768, 12, 5_215, 497_759_232,
+             "607a30d783dfa663caf39e06633721c8d4cfcd7e", 548_105_171,
+             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": ("355M", 24, 1024, 16, 10_399, 1_419_292_672,
+                    "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", 1_519_984_962,
+                    "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+    "gpt2-large": ("774M", 36, 1280, 20, 15_535, 3_096_120_320,
+                   "32b71b12589c2f8d625668d2335a01cac3249519", 3_247_159_078,
+                   "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
+    "gpt2-xl": ("1558M", 48, 1600, 25, 20_724, 6_230_444_800,
+                "15ea56dee5df4983c59b2538573817e1667135e2", None,
+                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}  # fmt: skip
+SHA256 = {  # published for 124M only; of the larger sizes the exact number of bytes is checked
+    ("124M", DATA): "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
+    ("124M", INDEX): "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+    ("124M", "hparams.json"): "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
+}
+
+
+def fetch_gpt2(name):
+    """A folder with the pretrained weights: OpenAI's files from OpenAI or its mirror, else Hugging Face's copy."""
+    size, n_layer, n_embd, n_head, index_bytes, data_bytes, revision, hf_bytes, hf_sha256 = SIZES[name]
+    folder, hf_folder = data.cache_dir() / f"gpt2-{size}", data.cache_dir() / f"huggingface-{name}"
+    files = {"hparams.json": None, INDEX: index_bytes, DATA: data_bytes}
+
+    def from_openai():
+        for file, length in files.items():
+            urls = [url.format(size=size, file=file) for url in OPENAI_URLS]
+            data.fetch(urls, folder / file, length, SHA256.get((size, file)))
+        return folder
+
+    def from_huggingface():
+        url = HUGGINGFACE_URL.format(name=name, revision=revision)
+        data.fetch([url], hf_folder / "model.safetensors", hf_bytes, hf_sha256)
+        config = dict(vocab_size=50257, n_positions=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        (hf_folder / "config.json").write_text(json.dumps(config))
+        return hf_folder
+
+    faults = []
+    sources = [from_openai, from_huggingface]
+    if os.path.exists(hf_folder / "model.safetensors") and not os.path.exists(folder / DATA):
+        sources.reverse()
+    for source in sources:
+        try:
+            return source()
+        except UserError as e:
+            faults.append(str(e))
+    raise UserError(
+        f"{'; '.join(faults)}. Without a network, put {', '.join(files)} into {folder} by hand, or model.safetensors "
+        f"into {hf_folder}, or run `python train.py demo`, which needs no download"
+    )
