@@ -1,10 +1,9 @@
 """Files, tokens and batches.
 
-Three ideas, in the order of this file. A file from the network is believed only after its size and sha256 agree
-with what is written here. A text is tokenised once, into a file that names the text it was made from. A batch is a
-pure function of (seed, step), so a run that resumes has no reader position to restore, and N processes that each
-take their share of the rows see the batch that one process would see.
-"""
+Three ideas, in the order of this file. A file from the network is believed only after its size and sha256
+agree with what is written here. A text is tokenised once, into a file that names the text it was made
+from. A batch is a pure function of (seed, step), so a run that resumes has no reader position to restore,
+and N processes that each take their share of the rows see the batch that one process would see."""
 
 import contextlib
 import functools
@@ -27,7 +26,8 @@ except ImportError:  # Windows: two processes at once would fetch it twice
 
 
 class UserError(ValueError):
-    """Something the user can put right. Programs print it as one sentence and exit; bugs keep their traceback."""
+    """Something the user can put right. Programs print it as one sentence and exit; bugs keep their
+    traceback."""
 
     status = 1  # of the exit
 
@@ -41,7 +41,10 @@ class UsageError(UserError):
 # ------------------------------------------------------------------------------------------------------------
 # Fetching
 
-_cache = os.environ.get("GROWING_GPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "growing-gpt"
+_cache = (
+    os.environ.get("GROWING_GPT_CACHE")
+    or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "growing-gpt"
+)
 
 
 @functools.cache
@@ -51,7 +54,9 @@ def cache_dir():
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"cannot create the cache folder {path} ({e.strerror}): choose another with --cache_dir") from e
+        raise UserError(
+            f"cannot create the cache folder {path} ({e.strerror}): choose another with --cache_dir"
+        ) from e
     print(f"cache folder: {path}", file=sys.stderr)
     return path
 
@@ -87,9 +92,9 @@ def fault(path, size=None, sha256=None):
 def fetch(urls, path, size=None, sha256=None):
     """Return `path`, downloaded from the first of `urls` that delivers `size` bytes with this `sha256`.
 
-    A file already there (put by hand, say) with the right size and hash is used without a network. What has arrived
-    is kept in PATH.part and continued with a Range request, and only a verified file gets its name.
-    """
+    A file already there (put by hand, say) with the right size and hash is used without a network. What
+    has arrived is kept in PATH.part and continued with a Range request, and only a verified file gets its
+    name."""
     path = Path(path)
     wrong = fault(path, size, sha256) if path.exists() else "is missing"
     if wrong is None:
@@ -132,7 +137,9 @@ def _fetch_from(url, path, size, sha256, attempts=4):
         part.unlink()
         reason += ", deleted"
         if not had:
-            return reason  # a whole file, and the wrong one; if we had continued an old part, try once from zero
+            return (
+                reason  # a whole file, and the wrong one; if we had continued an old part, try once from zero
+            )
     return reason
 
 
@@ -143,7 +150,9 @@ def _download(url, part, size):
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as r:
-        if have and r.status_code == 416:  # nothing after what we have: whether it is right, the hash will say
+        if (
+            have and r.status_code == 416
+        ):  # nothing after what we have: whether it is right, the hash will say
             return
         r.raise_for_status()
         resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -170,18 +179,24 @@ TOKENIZER_FILES = {
 
 
 def tokenizer_files():
-    """{'vocab.bpe': path, 'encoder.json': path}, in the folder and under the names where tiktoken looks for them."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or cache_dir() / "tiktoken"
+    """{'vocab.bpe': path, 'encoder.json': path}, in the folder and under the names where tiktoken looks for
+    them."""
+    folder = (
+        os.environ.get("TIKTOKEN_CACHE_DIR")
+        or os.environ.get("DATA_GYM_CACHE_DIR")
+        or cache_dir() / "tiktoken"
+    )
     paths = {}
+    names = {name: hashlib.sha1((ENCODINGS + name).encode()).hexdigest() for name in TOKENIZER_FILES}
     for name, (size, sha256) in TOKENIZER_FILES.items():
-        path = Path(folder) / hashlib.sha1((ENCODINGS + name).encode()).hexdigest()
+        path = Path(folder) / names[name]
         try:
             paths[name] = fetch([ENCODINGS + name], path, size, sha256)
         except UserError as e:
             raise UserError(
-                f"the GPT-2 tokenizer needs {' and '.join(TOKENIZER_FILES)} from {ENCODINGS}: without a network, put "
-                f"them into a folder as {' and '.join(hashlib.sha1((ENCODINGS + n).encode()).hexdigest() for n in TOKENIZER_FILES)} "
-                f"and set TIKTOKEN_CACHE_DIR to it; {e}"
+                f"GPT-2's tokenizer needs {' and '.join(names)} from {ENCODINGS}. Without a network, put "
+                f"them into a folder as {' and '.join(names.values())}, in this order, and set TIKTOKEN_CACHE_DIR "
+                f"to it. Reason: {e}"
             ) from e
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     return paths
@@ -223,14 +238,24 @@ def decode(ids, vocab_size=GPT2):
 # Texts: each source is a function that returns {'train': text, 'val': text, 'test': text}.
 
 WIKITEXT_URLS = [
-    "https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/wikitext-2-raw-v1.zip",
+    "https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/"
+    "wikitext-2-raw-v1.zip",
     "https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
 ]
 WIKITEXT_ZIP = (4_721_645, "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11")
 WIKITEXT_FILES = {
-    "train": ("wikitext-2-raw/wiki.train.raw", "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57"),
-    "val": ("wikitext-2-raw/wiki.valid.raw", "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7"),
-    "test": ("wikitext-2-raw/wiki.test.raw", "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"),
+    "train": (
+        "wikitext-2-raw/wiki.train.raw",
+        "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
+    ),
+    "val": (
+        "wikitext-2-raw/wiki.valid.raw",
+        "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
+    ),
+    "test": (
+        "wikitext-2-raw/wiki.test.raw",
+        "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
+    ),
 }
 WEBTEXT_URL = "https://openaipublic.blob.core.windows.net/gpt-2/output-dataset/v1/"
 WEBTEXT_BYTES = {"valid": 13_622_302, "test": 13_478_245}  # OpenAI publishes no hash of these
@@ -261,7 +286,9 @@ def webtext():
 
 def lambada():
     """The 5,153 passages of OpenAI's LAMBADA test, each a text whose last word is to be guessed."""
-    return [row["text"] for row in read_jsonl(fetch([LAMBADA_URL], cache_dir() / "lambada_test.jsonl", *LAMBADA))]
+    return [
+        row["text"] for row in read_jsonl(fetch([LAMBADA_URL], cache_dir() / "lambada_test.jsonl", *LAMBADA))
+    ]
 
 
 def read_jsonl(path):
@@ -278,25 +305,34 @@ def docs():
     """The documentation of the Python that runs this, as pydoc carries it."""
     from pydoc_data.topics import topics
 
-    return _split([topics[k] for k in _shuffled(topics)])
+    return _split(_shuffled_pieces(topics[name] for name in sorted(topics)))
 
 
 def code():
     """The top-level modules of the standard library of the Python that runs this."""
     folder = Path(sysconfig.get_path("stdlib"))
-    names = _shuffled(p.name for p in folder.glob("*.py"))
-    return _split([(folder / n).read_text(encoding="utf-8", errors="replace") for n in names])
+    files = sorted(folder.glob("*.py"))
+    return _split(_shuffled_pieces(path.read_text(encoding="utf-8", errors="replace") for path in files))
 
 
-def _shuffled(names):
-    """A fixed order that owes nothing to the alphabet, so that train, val and test are alike."""
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+def _shuffled_pieces(texts, size=2000):
+    """Pieces of at least `size` characters cut at line ends, in a fixed order that owes nothing to the alphabet:
+    so train, val and test, and any prefix of them, are alike."""
+    pieces = []
+    for text in texts:
+        while text:
+            end = text.find("\n", size) + 1 or len(text)
+            pieces.append(text[:end])
+            text = text[end:]
+    return sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode("utf-8", "replace")).digest())
 
 
 def own_text(name, bad_utf8="refuse"):
     """A user's .txt file, or every .txt, .md and .py file below a folder in the order of their paths."""
     path = Path(name)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py"))
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py"))
+    )
     texts = []
     for file in files:
         raw = file.read_bytes()
@@ -323,32 +359,38 @@ BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": co
 def check_name(name):
     """Refuse a data set that is neither built in nor there, before anything is downloaded."""
     if name not in BUILT_IN and not Path(name).exists():
-        raise UsageError(f"no data set or file {name!r}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
+        raise UsageError(
+            f"no data set or file {name!r}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tokens: one file a split, a header of 512 bytes (JSON, padded with spaces) and then the ids as uint16, little-endian
+# Tokens: one file a split, a header of 512 bytes (JSON, padded with spaces) and then the ids as uint16,
+# little-endian
 
 BIN_VERSION, HEADER = 1, 512
 
 
 def load(name, vocab_size, block_size, bad_utf8="refuse"):
-    """{'train', 'val', 'test'} -> uint16 ids of the whole split, (N,). Raises UserError for a text too short."""
+    """{'train', 'val', 'test'} -> uint16 ids of the whole split, (N,). UserError if the text is too short."""
     check_name(name)
     texts = BUILT_IN[name]() if name in BUILT_IN else own_text(name, bad_utf8)
     tokens = {split: _tokens(Path(name).stem, split, text, vocab_size) for split, text in texts.items()}
     for split, need in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
         if len(tokens[split]) < need:
             raise UserError(
-                f"{name} is too short: its {split} split has {len(tokens[split]):,} tokens and at least {need:,} are "
-                f"needed at --block_size={block_size}"
+                f"{name} is too short: its {split} split has {len(tokens[split]):,} tokens and needs "
+                f"{need:,} or more at --block_size={block_size}"
             )
     return tokens
 
 
 def _tokens(name, split, text, vocab_size):
     """The ids of a text, from the file made of this very text earlier or made now."""
-    source, tokenizer = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), tokenizer_name(vocab_size)
+    source, tokenizer = (
+        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        tokenizer_name(vocab_size),
+    )
     path = cache_dir() / "tokens" / f"{name}-{split}-{tokenizer}-{source[:16]}.bin"
     with lock(path):
         try:
@@ -370,7 +412,7 @@ def write_bin(path, ids, source, tokenizer):
 
 
 def read_bin(path, source, tokenizer):
-    """The ids in a token file, (N,) uint16. Raises ValueError if it is damaged or made from something else."""
+    """The ids in a token file, (N,) uint16. ValueError if it is damaged or made from something else."""
     raw = Path(path).read_bytes()
     try:
         header = json.loads(raw[:HEADER])
@@ -380,7 +422,9 @@ def read_bin(path, source, tokenizer):
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: its header is damaged") from e
     if not (intact and same):
-        raise ValueError(f"{path}: " + ("made from another text, tokenizer or version" if intact else "is damaged"))
+        raise ValueError(
+            f"{path}: " + ("made from another text, tokenizer or version" if intact else "is damaged")
+        )
     return np.frombuffer(raw, "<u2", offset=HEADER)
 
 
@@ -401,6 +445,10 @@ def batch(tokens, block_size, rows, step, seed):
     windows = (len(tokens) - 1) // block_size
     drawn = range(step * rows, (step + 1) * rows)
     starts = [int(_order(windows, seed, i // windows)[i % windows]) * block_size for i in drawn]
-    ids = np.stack([tokens[s : s + block_size + 1] for s in starts]) if starts else np.zeros((0, block_size + 1))
+    ids = (
+        np.stack([tokens[s : s + block_size + 1] for s in starts])
+        if starts
+        else np.zeros((0, block_size + 1))
+    )
     ids = torch.from_numpy(ids.astype(np.int64))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -6,10 +6,9 @@
     python eval.py gpt2 --dataset=wikitext2 --block_size=1024    perplexity of any model
     python eval.py gpt2 --lambada                                last-word accuracy on LAMBADA
 
-Protocol, everywhere: a split is one stream of tokens, cut into windows of block_size tokens that do not overlap; in each
-window every token but the first is predicted from those before it in the window. Loss is in nats per predicted token;
-perplexity is its exponential. No padding counts, nothing is sampled.
-"""
+Protocol, everywhere: a split is one stream of tokens, cut into windows of block_size tokens that do not
+overlap; in each window every token but the first is predicted from those before it in the window. Loss is
+in nats per predicted token; perplexity is its exponential. No padding counts, nothing is sampled."""
 
 import argparse
 import json
@@ -31,8 +30,9 @@ from model import GPT, SIZES
 
 
 def window_batches(tokens, block_size, batch_size, windows):
-    """Yield (slice of windows, inputs, targets), tensors of shape (batch_size, block_size); targets are -1 where
-    nothing is predicted: at each window's last position, and in what fills up the last window and the last batch."""
+    """Yield (slice of windows, inputs, targets), tensors of shape (batch_size, block_size); targets are -1
+    where nothing is predicted: at each window's last position, and in what fills up the last window and
+    the last batch."""
     for first in range(0, windows, batch_size):
         ids = torch.full((batch_size, block_size + 1), -1)
         for row in range(min(batch_size, windows - first)):
@@ -43,10 +43,11 @@ def window_batches(tokens, block_size, batch_size, windows):
 
 @torch.no_grad()
 def sum_windows(values, tokens, block_size, batch_size=8, windows=0, device="cpu"):
-    """Sums and counts over each window, (N,) float64, of `values(x, y)`, a (B, T) tensor of a number per token.
+    """Sums and counts over each window, (N,) float64, of `values(x, y)`, a (B, T) tensor of a number per
+    token.
 
-    windows = 0 takes the whole split. Ranks of a distributed run share the batches, and all get the whole result.
-    """
+    windows = 0 takes the whole split. Ranks of a distributed run share the batches, and all get the whole
+    result."""
     available = max(math.ceil(len(tokens) / block_size) - (len(tokens) % block_size == 1), 1)
     windows = min(windows or available, available)
     both = torch.zeros(2, windows, dtype=torch.float64)
@@ -55,7 +56,9 @@ def sum_windows(values, tokens, block_size, batch_size=8, windows=0, device="cpu
     for i, (where, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
         if i % world == rank:
             x, y = x.to(device), y.to(device)
-            parts.append((where, torch.where(y >= 0, values(x, y), 0.0).double().sum(1), (y >= 0).double().sum(1)))
+            parts.append(
+                (where, torch.where(y >= 0, values(x, y), 0.0).double().sum(1), (y >= 0).double().sum(1))
+            )
     for where, sums, counts in parts:  # fetched after everything is launched
         n = both[0, where].numel()
         both[0, where], both[1, where] = sums[:n].cpu(), counts[:n].cpu()
@@ -74,12 +77,14 @@ def mean_loss(both, average="token"):
 def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="token"):
     """Loss of `model` on `tokens` (N,), in nats per predicted token, by the protocol above.
 
-    average="token" weighs every predicted token alike; "window" is the mean of the windows' means, as published GPT-2
-    perplexities often are. Raises UserError if block_size exceeds the model's or there is nothing to predict.
-    """
+    average="token" weighs every predicted token alike; "window" is the mean of the windows' means, as
+    published GPT-2 perplexities often are. Raises UserError if block_size exceeds the model's or there is
+    nothing to predict."""
     block_size = block_size or model.config.block_size
     if block_size > model.config.block_size or block_size < 2:
-        raise UserError(f"block_size must be from 2 to the model's {model.config.block_size}, not {block_size}")
+        raise UserError(
+            f"block_size must be from 2 to the model's {model.config.block_size}, not {block_size}"
+        )
     if len(tokens) < 2:
         raise UserError("there is nothing to predict in fewer than two tokens")
 
@@ -94,7 +99,8 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
 
 
 def mean_kl(base, grown, tokens, block_size, batch_size=8, windows=0):
-    """Mean KL(base || grown) per predicted token, in nats: how far the distribution has moved, right or wrong."""
+    """Mean KL(base || grown) per predicted token, in nats: how far the distribution has moved, right or
+    wrong."""
 
     def values(x, y):
         p, q = (F.log_softmax(net.head(net.run(net.embed(x))).float(), -1) for net in (base, grown))
@@ -112,7 +118,7 @@ def compare(base, grown, tokens, *args):
 
 @torch.no_grad()
 def block_use(model, tokens, block_size, rows=8):
-    """For each block, mean over tokens of |block(x) - x| / |x|: how much it changes what passes through it."""
+    """For each block, mean over tokens of |block(x) - x| / |x|: how much it changes what passes."""
     model.eval()
     _, x, y = next(window_batches(tokens, block_size, rows, rows))
     x = model.embed(x.to(model.wte.weight.device))
@@ -127,7 +133,8 @@ def block_use(model, tokens, block_size, rows=8):
 
 @torch.no_grad()
 def lambada(model, batch_size=16):
-    """Accuracy (all tokens of the last word greedily right) and perplexity per last word, as lm-eval's lambada_openai."""
+    """Accuracy (all tokens of the last word greedily right) and perplexity per last word, as lm-eval's
+    lambada_openai."""
     device, right, nats = model.wte.weight.device, 0, 0.0
     rows = []
     for text in data.lambada():
@@ -155,7 +162,7 @@ def lambada(model, batch_size=16):
 
 
 def read_run(folder):
-    """{'folder', 'header', 'step': [...], 'eval': [...], 'event': [...], 'result'} of a run's metrics.jsonl."""
+    """A run's metrics.jsonl by kind: header and result are dicts, step, eval and event lists of dicts."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"no run in {folder}: it holds no metrics.jsonl")
@@ -189,7 +196,8 @@ def markdown(head, rows):
     width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(width)], *rows]
     return "\n".join(
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width))) + " |" for r in lines
+        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width))) + " |"
+        for r in lines
     )
 
 
@@ -200,17 +208,27 @@ def result_row(run):
 
 
 def results_table(runs):
-    head = ["run", "new base", "new grown", "ppl base", "ppl grown", "old base", "old grown", "forgot", "KL", "layers",
-            "params", "trainable", "PFLOP", "minutes"]  # fmt: skip
+    head = ["run", "learn base", "grown", "ppl base", "grown", "retain base", "grown", "forgetting", "KL",
+            "layers", "parameters", "trainable", "PFLOP", "minutes"]  # fmt: skip
     rows = []
     for run in runs:
         r = finished(run)
         new, old = r["learn"], r["retain"]
-        kept = [f"{old['base']:.4f}", f"{old['grown']:.4f}", f"{old['grown'] - old['base']:+.4f}", f"{old['kl']:.4f}"]
+        kept = [
+            f"{old['base']:.4f}",
+            f"{old['grown']:.4f}",
+            f"{old['grown'] - old['base']:+.4f}",
+            f"{old['kl']:.4f}",
+        ]
         rows.append(
             [Path(run["folder"]).name, f"{new['base']:.4f}", f"{new['grown']:.4f}", f"{ppl(new['base']):.2f}"]
             + [f"{ppl(new['grown']):.2f}", *(kept if old["base"] is not None else ["-"] * 4), r["layers"]]
-            + [f"{r['parameters']:,}", f"{r['trainable']:,}", f"{r['flops'] / 1e15:.4g}", f"{r['seconds'] / 60:.1f}"]
+            + [
+                f"{r['parameters']:,}",
+                f"{r['trainable']:,}",
+                f"{r['flops'] / 1e15:.4g}",
+                f"{r['seconds'] / 60:.1f}",
+            ]
         )
     return markdown(head, rows)
 
@@ -222,8 +240,8 @@ def summary_table(run):
         ["layers", first["layers"], r["layers"]],
         ["parameters", f"{first['parameters']:,}", f"{r['parameters']:,}"],
         ["trainable parameters at the end", "", f"{r['trainable']:,}"],
-        ["test loss, new domain", f"{new['base']:.4f}", f"{new['grown']:.4f}"],
-        ["test perplexity, new domain", f"{ppl(new['base']):.2f}", f"{ppl(new['grown']):.2f}"],
+        ["test loss, learn", f"{new['base']:.4f}", f"{new['grown']:.4f}"],
+        ["test perplexity, learn", f"{ppl(new['base']):.2f}", f"{ppl(new['grown']):.2f}"],
     ]
     return markdown(["", "initial", "final"], rows)
 
@@ -241,14 +259,21 @@ def events_table(run):
 def versus_table(run):
     r = finished(run)
     rows = []
-    for name, key in (("new", "learn"), ("old", "retain")):
-        d = r[key]
+    for name in ("learn", "retain"):
+        d = r[name]
         if d["base"] is not None:
             rows.append(
-                [f"{name}: {d['dataset']}", f"{d['base']:.4f}", f"{d['grown']:.4f}", f"{d['grown'] - d['base']:+.4f}"]
+                [
+                    f"{name}: {d['dataset']}",
+                    f"{d['base']:.4f}",
+                    f"{d['grown']:.4f}",
+                    f"{d['grown'] - d['base']:+.4f}",
+                ]
                 + [f"{ppl(d['base']):.2f}", f"{ppl(d['grown']):.2f}", f"{d['kl']:.4f}"]
             )
-    return markdown(["domain", "loss base", "loss grown", "change", "ppl base", "ppl grown", "KL(base, grown)"], rows)
+    return markdown(
+        ["domain", "loss base", "loss grown", "change", "ppl base", "ppl grown", "KL(base, grown)"], rows
+    )
 
 
 def slope(evals, first, last):
@@ -265,9 +290,10 @@ def scaling_rows(run):
         end, loss = (events[k + 1]["step"], events[k + 1]["learn_before"]) if k + 1 < len(events) else (
             last["step"], last["learn"])  # fmt: skip
         rows.append({
-            "step": e["step"], "tokens": e["tokens"], "layers": e["layers_after"], "parameters": e["parameters"],
-            "flops": e["flops"], "loss_before": e["learn_before"], "loss_after": e["learn_after"],
-            "slope_before": slope(run["eval"], begin, e["step"]), "slope_after": slope(run["eval"], e["step"], end),
+            **{key: e[key] for key in ("step", "tokens", "parameters", "flops")}, "layers": e["layers_after"],
+            "loss_before": e["learn_before"], "loss_after": e["learn_after"],
+            "slope_before": slope(run["eval"], begin, e["step"]),
+            "slope_after": slope(run["eval"], e["step"], end),
             "gain_per_million": (e["learn_after"] - loss) / (e["parameters_added"] / 1e6),
             "use": (run["result"] or {}).get("block_use", {}).get(str(k + 1)),
         })  # fmt: skip
@@ -280,7 +306,11 @@ def scaling_table(run):
 
     rows = [
         [r["step"], f"{r['tokens']:,}", r["layers"], f"{r['parameters']:,}", f"{r['flops'] / 1e15:.4g}"]
-        + [f"{r['loss_before']:.4f}", f"{r['loss_after'] - r['loss_before']:g}", show(r["slope_before"], "+.3f")]
+        + [
+            f"{r['loss_before']:.4f}",
+            f"{r['loss_after'] - r['loss_before']:g}",
+            show(r["slope_before"], "+.3f"),
+        ]
         + [show(r["slope_after"], "+.3f"), f"{r['gain_per_million']:+.4f}", show(r["use"], ".3f")]
         for r in scaling_rows(run)
     ]
@@ -294,9 +324,10 @@ def report(run):
     r = finished(run)
     return "\n\n".join([
         f"Summary of {run['folder']}", summary_table(run),
-        "Growth (validation loss on the same windows just before and just after; delta must be 0)", events_table(run),
+        "Growth (validation loss on the same windows just before and just after; delta must be 0)",
+        events_table(run),
         f"Base against grown, test splits. {r['protocol']}", versus_table(run),
-        "Scaling: slopes in nats per 1,000 steps; gain in nats until the next growth; use = mean |block(x)-x| / |x|",
+        "Scaling (slopes: nats per 1,000 steps; gain: nats until the next growth; use: |block(x) - x| / |x|)",
         scaling_table(run),
         f"{r['seconds']:.0f} s in all, {r['train_seconds']:.0f} s of them training; {r['tokens']:,} tokens, "
         f"{r['flops'] / 1e15:.4g} PFLOP. The model: {run['folder']}/model",
@@ -308,7 +339,8 @@ def report(run):
 
 
 def plot(runs, path):
-    """Loss on both domains over steps with the growths marked, and the frontier: forgetting against new-domain loss."""
+    """Loss on both domains over steps with the growths marked, and the frontier: forgetting against new-
+    domain loss."""
     try:
         import matplotlib
     except ImportError as e:
@@ -330,10 +362,14 @@ def plot(runs, path):
             frontier.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         for e in run["event"]:
             curves.plot(e["step"], e["learn_after"], "^", color=color, markersize=7, markeredgecolor="black")
-    curves.set(xlabel="step", ylabel="validation loss, nats per token", title="new (solid) and old (dashed); ▲ growth")
+    curves.set(
+        xlabel="step",
+        ylabel="validation loss, nats per token",
+        title="learn (solid) and retain (dashed); triangles: growth",
+    )
     if few:
         curves.legend()
-    frontier.set(xlabel="new domain: test loss, nats", ylabel="old domain: forgetting, nats",
+    frontier.set(xlabel="learn: test loss, nats", ylabel="retain: forgetting, nats",
                  title="frontier: lower left is better")  # fmt: skip
     frontier.axhline(0, color="grey", linewidth=0.8)
     frontier.margins(x=0.15, y=0.1)
@@ -361,7 +397,8 @@ from transformers import GPT2LMHeadModel
 
 model = GPT2LMHeadModel.from_pretrained("{folder}")  # byte-level: a token is a byte, no tokenizer files
 prompt = torch.tensor([list(b"def main():")])
-output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=True, top_k=50)
+mask = torch.ones_like(prompt)
+output = model.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=True, top_k=50)
 print(bytes(i for i in output[0].tolist() if i < 256).decode(errors="replace"))"""
 
 
@@ -371,11 +408,13 @@ def model_card(run):
     usage = USAGE_BYTES if header["vocab_size"] == data.BYTES else USAGE_BPE
     old = r["retain"]
     if old["base"] is None:
-        retention = "No old domain was measured in this run (`--retain=none`), so it says nothing about forgetting."
+        retention = (
+            "No old domain was measured in this run (`--retain=none`), so it says nothing about forgetting."
+        )
     else:
         retention = (
-            f"On `{old['dataset']}` the loss went from {old['base']:.4f} (before) to {old['grown']:.4f} nats per token "
-            f"(after): **{old['grown'] - old['base']:+.4f} nats forgotten**, mean KL(base, grown) {old['kl']:.4f} nats per token."
+            f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per token "
+            f"({old['grown'] - old['base']:+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
         )  # fmt: skip
     options = markdown(["option", "value"], [[f"--{k}", repr(v)] for k, v in c.items()])
     return f"""---
@@ -387,12 +426,13 @@ tags: [gpt2, growing, continual-learning]
 # Growing GPT: {header["layers"]} -> {r["layers"]} layers
 
 ## Description
-A GPT-2 that started from `{c["init"]}` with {header["layers"]} blocks and {header["parameters"]:,} parameters and was trained on `{c["dataset"]}`
-while {len(run["event"])} identity-initialised blocks were inserted. It has {r["layers"]} blocks and {r["parameters"]:,} parameters,
-of which {r["trainable"]:,} trained at the end.
+A GPT-2 that started from `{c["init"]}` with {header["layers"]} blocks and {header["parameters"]:,}
+parameters and was trained on `{c["dataset"]}` while {len(run["event"])} identity-initialised blocks were
+inserted. It has {r["layers"]} blocks and {r["parameters"]:,} parameters; {r["trainable"]:,} trained at the end.
 
 ## Training data
-New domain `{c["dataset"]}`: {header["tokens"]["learn"]["train"]:,} training tokens, of which the run drew {r["tokens"]:,}. Old domain: `{c["retain"]}`.
+Learned: `{c["dataset"]}`, {header["tokens"]["learn"]["train"]:,} training tokens; the run drew {r["tokens"]:,}.
+To be retained: `{r["retain"]["dataset"]}`.
 
 ## Configuration
 `{header["command"]}`
@@ -400,9 +440,9 @@ New domain `{c["dataset"]}`: {header["tokens"]["learn"]["train"]:,} training tok
 {options}
 
 ## Growth mechanism
-Trigger `{c["trigger"]}`, placement `{c["where"]}`, block init `{c["block_init"]}`, freeze policy `{c["freeze"]}`. An inserted block has zero weight and
-bias in both output projections, so it adds exactly zero: at every growth the logits on a training batch were compared
-before and after and were bitwise equal.
+Trigger `{c["trigger"]}`, placement `{c["where"]}`, block init `{c["block_init"]}`, freeze `{c["freeze"]}`.
+An inserted block has zero weight and bias in both output projections, so it adds exactly zero: at every
+growth the logits on a training batch were compared before and after, and were bitwise equal.
 
 ## Growth events
 {events_table(run)}
@@ -423,11 +463,13 @@ before and after and were bitwise equal.
 ```
 
 ## Limitations
-One run with seed {c["seed"]}: differences between runs are not shown here. A language model of this size states falsehoods
-fluently and repeats the biases of its training text. Numbers hold for the protocol stated beside them and no other.
+One run, with seed {c["seed"]}: how much runs differ is not shown here. A language model of this size
+states falsehoods fluently and repeats the biases of its training text. The numbers hold for the protocol
+beside them.
 
 ## Licence
-Weights derived from OpenAI's GPT-2 are under its Modified MIT License; the code is MIT. Training data keeps its own licence.
+Weights derived from OpenAI's GPT-2 are under its Modified MIT License; the code is MIT; training data keeps
+its own licence.
 """
 
 
@@ -444,14 +486,24 @@ def sample(model, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one sentence."""
+    """argparse without abbreviations, and with its errors in one sentence."""
+
+    def __init__(self, prog, **more):
+        super().__init__(
+            prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more
+        )
 
     def error(self, message):
         raise UsageError(f"{message} (see python {self.prog} --help)")
 
 
 def arguments(argv):
-    p = Parser("eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(
+        "eval.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     p.add_argument("names", nargs="+", help="run folders, or one model: gpt2, gpt2-medium ..., a folder")
     p.add_argument("--json", action="store_true", help="print results as JSON")
     p.add_argument("--plot", metavar="FILE.png", help="draw losses and frontier of the runs")
@@ -465,13 +517,17 @@ def arguments(argv):
     p.add_argument("--block_size", type=int, default=0, help="context in tokens (0: the model's)")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
-    p.add_argument("--average", choices=["token", "window"], default="token", help="weigh tokens or windows alike")
+    p.add_argument(
+        "--average", choices=["token", "window"], default="token", help="weigh tokens or windows alike"
+    )
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--cache_dir", default="")
     a = p.parse_args(argv)
     if a.batch_size < 1 or a.windows < 0 or a.top_k < 0 or a.max_new_tokens < 1 or a.block_size < 0:
-        raise UsageError("batch_size and max_new_tokens must be at least 1; windows, top_k and block_size at least 0")
+        raise UsageError(
+            "batch_size and max_new_tokens must be at least 1; windows, top_k and block_size at least 0"
+        )
     return a
 
 
@@ -500,15 +556,16 @@ def main(argv):
             print(sample(model, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
         if a.lambada:
             r = lambada(model)
-            print(f"{name} on LAMBADA: accuracy {r['accuracy']:.4f}, perplexity {r['perplexity']:.2f} per last word, "
-                  f"{r['passages']:,} passages")  # fmt: skip
+            print(f"{name} on LAMBADA ({r['passages']:,} passages, last word): accuracy {r['accuracy']:.4f}, "
+                  f"perplexity {r['perplexity']:.2f}")  # fmt: skip
         if a.dataset:
             context = a.block_size or model.config.block_size
             tokens = data.load(a.dataset, model.config.vocab_size, 2)[a.split]
             loss = evaluate(model, tokens, context, a.batch_size, a.windows, a.average)
-            print(f"{name} on {a.dataset}, {a.split} split: loss {loss:.4f}, perplexity {ppl(loss):.4f} "
-                  f"({a.average}-weighted mean; context {context}, stride {context}; "
-                  f"{f'first {a.windows} windows' if a.windows else f'whole split, {len(tokens):,} tokens'})")  # fmt: skip
+            part = f"first {a.windows} windows" if a.windows else "whole split"
+            protocol = f"{part}, context {context}, stride {context}, mean by {a.average}"
+            print(f"{name} on {a.dataset}, {a.split} split ({len(tokens):,} tokens; {protocol}): loss {loss:.4f}, "
+                  f"perplexity {ppl(loss):.4f}")  # fmt: skip
 
 
 def run_main(main):

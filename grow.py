@@ -1,9 +1,10 @@
 """Growing a GPT: where a block goes in, what freezes, when to grow, and how the old is kept.
 
-A pre-LN block computes x + attention(ln(x)), then x + MLP(ln(x)). If the last matrix and bias of both branches are
-zero, the block adds exactly zero and the network computes what it computed before, bit for bit, while the gradient
-of those zeros is not zero: the block can learn. That is depth growth as in Net2Net (Chen et al., 2016), LLaMA Pro
-(Wu et al., arXiv 2401.02415) and "Composable Function-preserving Expansions" (Gesmundo & Maile, arXiv 2308.06103).
+A pre-LN block computes x + attention(ln(x)), then x + MLP(ln(x)). If the last matrix and bias of both
+branches are zero, the block adds exactly zero and the network computes what it computed before, bit for
+bit, while the gradient of those zeros is not zero: the block can learn. That is depth growth as in Net2Net
+(Chen et al., 2016), LLaMA Pro (Wu et al., arXiv 2401.02415) and "Composable Function-preserving
+Expansions" (Gesmundo & Maile, arXiv 2308.06103).
 
     block = insert_block(model, at=12)      # the network is one deeper and computes the same
     freeze(model, "base")                   # only what was inserted trains
@@ -26,10 +27,10 @@ from model import GPT, Block, init_parameter
 def insert_block(model, at, init="copy"):
     """Insert a block that computes the identity at index `at` of model.h (0 ... n_layer) and return it.
 
-    init "copy" starts from the weights of the block below (of the block above at index 0), "fresh" from GPT-2's
-    random initialisation. In both, weight and bias of the two output projections are zero, which makes the block
-    the identity (arXiv 2308.06103, theorem 3.6): at first only they have a gradient, and a step later all has.
-    """
+    init "copy" starts from the weights of the block below (of the block above at index 0), "fresh" from
+    GPT-2's random initialisation. In both, weight and bias of the two output projections are zero, which
+    makes the block the identity (arXiv 2308.06103, theorem 3.6): at first only they have a gradient, and a
+    step later all has."""
     if not 0 <= at <= model.config.n_layer:
         raise UserError(f"cannot insert at {at}: give an index from 0 to n_layer = {model.config.n_layer}")
     if init not in ("copy", "fresh"):
@@ -55,11 +56,10 @@ def insert_block(model, at, init="copy"):
 def placement(where, generation, max_growths):
     """Index for the next block, given the generations of the present ones.
 
-    "spread" divides the original blocks into max_growths equal groups and puts one block after each, from the top
-    down (LLaMA Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom" always use the
-    ends. Growing from the top down keeps the frozen blocks below the lowest grown one, which need no backward pass,
-    as many as possible for as long as possible.
-    """
+    "spread" divides the original blocks into max_growths equal groups and puts one block after each, from
+    the top down (LLaMA Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom"
+    always use the ends. Growing from the top down keeps the frozen blocks below the lowest grown one,
+    which need no backward pass, as many as possible for as long as possible."""
     if where == "top":
         return len(generation)
     if where == "bottom":
@@ -95,7 +95,9 @@ def freeze(model, policy):
     elif policy.startswith("top") and policy[3:].isdigit() and 0 < int(policy[3:]) <= len(originals):
         trains = set(originals[-int(policy[3:]) :]) | {i for i, g in enumerate(generation) if g > 0}
     else:
-        raise UserError(f"unknown freeze policy {policy!r}: give base, older, none, or top1 to top{len(originals)}")
+        raise UserError(
+            f"unknown freeze policy {policy!r}: give base, older, none, or top1 to top{len(originals)}"
+        )
     model.requires_grad_(not trains)
     for i in trains:
         model.h[i].requires_grad_(True)
@@ -109,7 +111,8 @@ def trainable(model):
 
 
 def original(model):
-    """The network without its grown blocks, as a GPT that shares every tensor with `model`: no memory is copied.
+    """The network without its grown blocks, as a GPT that shares every tensor with `model`: no memory is
+    copied.
 
     If the originals never trained, it is the pretrained network.
     """
@@ -138,9 +141,9 @@ class Schedule:
 class Plateau:
     """Fires when the loss has not fallen by more than `min_delta` nats for `patience` steps.
 
-    The rule of torch.optim.lr_scheduler.ReduceLROnPlateau (mode min, threshold_mode abs), counted in steps instead of
-    calls; NaN is never better. After firing the count starts anew, so a new block has `patience` steps to prove itself.
-    """
+    The rule of torch.optim.lr_scheduler.ReduceLROnPlateau (mode min, threshold_mode abs), counted in steps
+    instead of calls; NaN is never better. After firing the count starts anew, so a new block has
+    `patience` steps to prove itself."""
 
     def __init__(self, patience, min_delta):
         self.patience, self.min_delta = patience, min_delta
@@ -162,8 +165,8 @@ class Plateau:
 def carry_over(old, new):
     """Give optimizer `new` what `old` knew (moments, step) of each parameter in both; others start fresh.
 
-    The key is the parameter itself: positions, by which torch's own state_dict goes, shift when a block is inserted.
-    """
+    The key is the parameter itself: positions, by which torch's own state_dict goes, shift when a block is
+    inserted."""
     for group in new.param_groups:
         for p in group["params"]:
             if p in old.state:
@@ -171,14 +174,16 @@ def carry_over(old, new):
 
 
 def optimizer_state(model, optimizer):
-    """{parameter name: {'exp_avg', 'exp_avg_sq', 'step'}}: the optimizer's memory, as a checkpoint keeps it."""
+    """{parameter name: {'exp_avg', 'exp_avg_sq', 'step'}}: what a checkpoint keeps."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
 def load_optimizer_state(model, optimizer, state):
     for name, p in model.named_parameters():
         if name in state:
-            device = {k: "cpu" if k == "step" and not optimizer.defaults["fused"] else p.device for k in state[name]}
+            device = {
+                k: "cpu" if k == "step" and not optimizer.defaults["fused"] else p.device for k in state[name]
+            }
             optimizer.state[p] = {k: v.to(device[k]) for k, v in state[name].items()}
 
 
@@ -187,7 +192,8 @@ def load_optimizer_state(model, optimizer, state):
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
-    """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats (Hinton et al., 2015).
+    """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats (Hinton et al.,
+    2015).
 
     Logits: (..., V). The factor T^2 keeps the size of its gradient independent of T.
     """
@@ -200,12 +206,11 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 class EWC:
     """Elastic weight consolidation (Kirkpatrick et al., 2017, eq. 3): (1/2) sum F (w - w*)^2.
 
-    w* are the weights of `model` now and F the diagonal of their Fisher information per token, E[(d log p / dw)^2], on
-    `batches` (an iterable of ids (B, T)) with labels sampled from the model itself. Scores of sampled labels have
-    mean zero and are uncorrelated between tokens, so the square of their sum is, on average, the sum of their squares:
-    one ordinary backward per batch is an unbiased estimate. (With the labels of the data it would not be:
-    van de Ven, arXiv 2502.11756.)
-    """
+    w* are the weights of `model` now and F the diagonal of their Fisher information per token, E[(d log p
+    / dw)^2], on `batches` (an iterable of ids (B, T)) with labels sampled from the model itself. Scores of
+    sampled labels have mean zero and are uncorrelated between tokens, so the square of their sum is, on
+    average, the sum of their squares: one ordinary backward per batch is an unbiased estimate. (With the
+    labels of the data it would not be: van de Ven, arXiv 2502.11756.)"""
 
     def __init__(self, model, batches, generator=None):
         was_training = model.training

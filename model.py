@@ -1,9 +1,10 @@
 """GPT-2 in one file: the network, OpenAI's checkpoint in, Hugging Face's format out and in, sampling.
 
-The network is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN blocks,
-tanh GELU, learned positions, output head tied to the token embedding. The names (wte, wpe, h, ln_1, attn.c_attn ...)
-are OpenAI's, so weights map by name. Its one addition is `GPTConfig.generation`: for each block, the growth that
-inserted it (0 for the original ones), so that a saved network knows its own history.
+The network is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN
+blocks, tanh GELU, learned positions, output head tied to the token embedding. The names (wte, wpe, h,
+ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. Its one addition is `GPTConfig.generation`:
+for each block, the growth that inserted it (0 for the original ones), so that a saved network knows its
+own history.
 
     model = GPT.from_pretrained("gpt2")
     logits, loss = model(idx, targets)
@@ -14,7 +15,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,12 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H)
-        if cache is not None:  # decoding: T is the whole prompt at first and then 1, so causal masking is right or moot
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, H, T, C/H)
+        if (
+            cache is not None
+        ):  # decoding: T is the whole prompt at first and then 1, so causal masking is right or moot
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
             cache[:] = k, v
@@ -131,7 +136,8 @@ class GPT(nn.Module):
         return cross_entropy(self.head(x), targets)
 
     def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), and the mean loss in nats per target or None."""
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), and the mean loss in nats per target or
+        None."""
         if idx.size(1) > self.config.block_size:
             raise UserError(f"{idx.size(1)} tokens exceed the model's block_size of {self.config.block_size}")
         logits = self.head(self.run(self.embed(idx)))
@@ -144,9 +150,8 @@ class GPT(nn.Module):
         """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
 
         Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has said
-        <|endoftext|> (the last id of the vocabulary) is filled up with it. Contexts are cropped on the left to
-        block_size.
-        """
+        <|endoftext|> (the last id of the vocabulary) is filled up with it. Contexts are cropped on the
+        left to block_size."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
         if temperature < 0 or (top_k is not None and top_k < 1):
@@ -178,15 +183,17 @@ class GPT(nn.Module):
     # Loading and saving: the formats follow below the network.
 
     @classmethod
-    def from_pretrained(cls, name_or_folder):
+    def from_pretrained(cls, name_or_folder, dropout=0.0):
         """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with OpenAI's or Hugging Face's files.
 
         Raises UserError (a ValueError) that names the file and its fault.
         """
-        config = read_config(name_or_folder)
+        config = replace(read_config(name_or_folder), dropout=dropout)
         folder = fetch_gpt2(name_or_folder) if name_or_folder in SIZES else Path(name_or_folder)
         take = open_openai(folder) if (folder / "hparams.json").exists() else open_huggingface(folder)
-        with torch.device("meta"):  # shapes only: no memory and no random numbers for weights about to be replaced
+        with torch.device(
+            "meta"
+        ):  # shapes only: no memory and no random numbers for weights about to be replaced
             model = cls(config)
         weights = {name: take(name, tuple(p.shape)) for name, p in model.named_parameters()}
         take(None, None)
@@ -199,7 +206,7 @@ class GPT(nn.Module):
 
 
 def init_parameter(name, p, n_layer):
-    """GPT-2's initialisation: N(0, 0.02), output projections scaled by 1/sqrt(2 n_layer), biases 0, gains 1."""
+    """GPT-2's: N(0, 0.02), output projections scaled by 1/sqrt(2 n_layer), biases 0, gains 1."""
     if p.dim() == 2:
         nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02)
     else:
@@ -223,15 +230,17 @@ def pick(logits, temperature, top_k, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# OpenAI's checkpoint: a TensorFlow "tensor bundle". model.ckpt.data-00000-of-00001 holds the tensors one after the
-# other, raw; model.ckpt.index is a LevelDB-style table of serialised BundleEntryProto messages that say where.
-# (tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto, leveldb/doc/table_format.md)
+# OpenAI's checkpoint: a TensorFlow "tensor bundle". model.ckpt.data-00000-of-00001 holds the tensors one
+# after the other, raw; model.ckpt.index is a LevelDB-style table of serialised BundleEntryProto messages that
+# say where. (tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto,
+# leveldb/doc/table_format.md)
 
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 
 
 def read_openai_checkpoint(folder):
-    """{variable name: float32 array}, mapped from the file without reading it. Raises UserError on any damage."""
+    """{variable name: float32 array}, mapped from the file without reading it. Raises UserError on any
+    damage."""
     index, path = Path(folder) / INDEX, Path(folder) / DATA
     try:
         entries = read_table(index.read_bytes())
@@ -296,7 +305,8 @@ def block_contents(raw, offset, size):
 
 
 def table_entries(block):
-    """(key, value) pairs. Keys share a prefix with the one before; the restart array at the end only helps seeks."""
+    """(key, value) pairs. Keys share a prefix with the one before; the restart array at the end only helps
+    seeks."""
     end = len(block) - 4 * (struct.unpack("<I", block[-4:])[0] + 1)
     i, key = 0, b""
     while i < end:
@@ -319,7 +329,8 @@ def varint(raw, i):
 
 
 def protobuf(raw):
-    """{field number: [values]} of a serialised message: whole numbers (wire types 0 and 5) and bytes (type 2)."""
+    """{field number: [values]} of a serialised message: whole numbers (wire types 0 and 5) and bytes (type
+    2)."""
     fields, i = {}, 0
     while i < len(raw):
         tag, i = varint(raw, i)
@@ -368,15 +379,21 @@ def taker(arrays, source, rename=lambda name: name):
     def take(name, shape):
         if name is None:
             if arrays:
-                raise UserError(f"{source}: {len(arrays)} tensors belong to no parameter, {min(arrays)} among them")
+                raise UserError(
+                    f"{source}: {len(arrays)} tensors belong to no parameter, {min(arrays)} among them"
+                )
             return None
         if rename(name) not in arrays:
             raise UserError(f"{source}: no tensor {rename(name)}")
         array = arrays.pop(rename(name))
         linear = is_linear(name)
         if tuple(array.shape) != (shape[::-1] if linear else shape):
-            raise UserError(f"{source}: {rename(name)} has shape {tuple(array.shape)}, the model needs {shape}")
-        tensor = torch.from_numpy(np.array(array, np.float32))  # a copy: the file may be unaligned, or go away
+            raise UserError(
+                f"{source}: {rename(name)} has shape {tuple(array.shape)}, the model needs {shape}"
+            )
+        tensor = torch.from_numpy(
+            np.array(array, np.float32)
+        )  # a copy: the file may be unaligned, or go away
         return tensor.t().contiguous() if linear else tensor
 
     return take
@@ -400,18 +417,15 @@ def read_config(name_or_folder):
     if name_or_folder in SIZES:
         _, n_layer, n_embd, n_head, *_ = SIZES[name_or_folder]
         return GPTConfig(n_head=n_head, n_embd=n_embd, generation=(0,) * n_layer)
-    for file, keys in SHAPE_FILES.items():
-        path = Path(name_or_folder) / file
-        if path.exists():
-            break
-    else:
+    path = next((p for file in SHAPE_FILES if (p := Path(name_or_folder) / file).exists()), None)
+    if path is None:
         raise UserError(
-            f"no model in {name_or_folder}: give one of {', '.join(SIZES)}, a folder with OpenAI's hparams.json and "
-            "model.ckpt files, or one with config.json and model.safetensors"
+            f"no model in {name_or_folder}: give one of {', '.join(SIZES)}, a folder with OpenAI's "
+            "hparams.json and model.ckpt files, or one with config.json and model.safetensors"
         )
     try:
         h = json.loads(path.read_bytes())
-        vocab_size, block_size, n_head, n_embd, n_layer = (h[key] for key in keys)
+        vocab_size, block_size, n_head, n_embd, n_layer = (h[key] for key in SHAPE_FILES[path.name])
         if type(n_layer) is not int or not 0 < n_layer < 10_000:
             raise ValueError(f"n_layer must be a positive whole number, not {n_layer!r}")
         generation = h.get("generation", (0,) * n_layer)
@@ -470,7 +484,9 @@ def open_huggingface(folder):
     arrays = {}
     for name, array in read_safetensors(folder / "model.safetensors").items():
         name = name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight":  # causal masks
+        if (
+            not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"
+        ):  # causal masks
             arrays[name] = array
     return taker(arrays, folder / "model.safetensors")
 
@@ -525,7 +541,8 @@ OPENAI_URLS = [
 ]
 HUGGINGFACE_URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
 
-# name: OpenAI's size, layers, width, heads, bytes of .index and of .data; Hugging Face's revision, bytes, sha256
+# name: OpenAI's size, layers, width, heads, bytes of .index and of .data; Hugging Face's revision, bytes,
+# sha256
 SIZES = {
     "gpt2": ("124M", 12, 768, 12, 5_215, 497_759_232,
              "607a30d783dfa663caf39e06633721c8d4cfcd7e", 548_105_171,
@@ -548,7 +565,8 @@ SHA256 = {  # published for 124M only; of the larger sizes the exact number of b
 
 
 def fetch_gpt2(name):
-    """A folder with the pretrained weights: OpenAI's files from OpenAI or its mirror, else Hugging Face's copy."""
+    """A folder with the pretrained weights: OpenAI's files from OpenAI or its mirror, else Hugging Face's
+    copy."""
     size, n_layer, n_embd, n_head, index_bytes, data_bytes, revision, hf_bytes, hf_sha256 = SIZES[name]
     folder, hf_folder = data.cache_dir() / f"gpt2-{size}", data.cache_dir() / f"huggingface-{name}"
     files = {"hparams.json": None, INDEX: index_bytes, DATA: data_bytes}
@@ -576,6 +594,6 @@ def fetch_gpt2(name):
         except UserError as e:
             faults.append(str(e))
     raise UserError(
-        f"{'; '.join(faults)}. Without a network, put {', '.join(files)} into {folder} by hand, or model.safetensors "
-        f"into {hf_folder}, or run `python train.py demo`, which needs no download"
+        f"{'; '.join(faults)}. Without a network, put {', '.join(files)} into {folder} by hand, or "
+        f"model.safetensors into {hf_folder}, or run `python train.py demo`, which needs no download"
     )

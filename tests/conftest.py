@@ -1,0 +1,24 @@
+"""What all tests share: the repository on the path, a cache folder of their own, and what lies beside it."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(
+    os.environ.get("GROWING_GPT_SHARED", ROOT.parent / "shared")
+)  # true data, on some machines only
+FIXTURES = ROOT / "tests" / "fixtures"
+
+sys.path.insert(0, str(ROOT))
+os.environ["GROWING_GPT_CACHE"] = tempfile.mkdtemp(prefix="growing-gpt-test-")  # before `data` is imported
+if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "data/tiktoken").exists():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "data/tiktoken")
+
+_bpe = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")) / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
+needs_tiktoken = pytest.mark.skipif(
+    not _bpe.exists(), reason="GPT-2's tokenizer files are not in TIKTOKEN_CACHE_DIR"
+)

@@ -1,0 +1,124 @@
+"""The study: what learns most and forgets least, at the demo's size. One line per arm, three seeds each.
+
+    python tests/study.py                     run what is missing, then print the tables (two runs at a time)
+    python tests/study.py --out=out/study --workers=2 --seeds=0,1,2
+    python eval.py out/study/*-seed0 --plot=frontier.png
+
+Every arm is `python train.py demo OPTIONS --seed=S`, and starts from the same pretrained network.
+"""
+
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import eval as ev  # noqa: E402
+
+ZERO = "--first_growth=0 --grow_every=1"  # both blocks before the second step: the originals never train
+ARMS = {
+    "full fine-tuning": "--max_growths=0",
+    "full + EWC 10": "--max_growths=0 --ewc_lambda=10",
+    "full + EWC 100": "--max_growths=0 --ewc_lambda=100",
+    "full + replay": "--max_growths=0 --replay=0.2",
+    "full + KD retain": "--max_growths=0 --kd_weight=1 --kd_on=retain",
+    "top 2 unfrozen": "--max_growths=0 --freeze=top2",
+    "card": "",
+    "card, spread": "--where=spread",
+    "card, top": "--where=top",
+    "card, lr 2e-4": "--lr=2e-4",
+    "card, lr 4e-3": "--lr=4e-3",
+    "card + KD retain": "--kd_weight=1 --kd_on=retain",
+    "zero, top": f"{ZERO} --where=top",
+    "zero, spread": f"{ZERO} --where=spread",
+    "zero, upper": ZERO,
+    "zero, fresh": f"{ZERO} --block_init=fresh",
+    "zero, lr 4e-3": f"{ZERO} --lr=4e-3",
+    "zero + replay": f"{ZERO} --replay=0.2",
+    "zero + KD train": f"{ZERO} --kd_weight=1 --kd_on=train",
+    "zero + KD retain": f"{ZERO} --kd_weight=1 --kd_on=retain",
+    "zero + KD dream": f"{ZERO} --kd_weight=1 --kd_on=dream",
+    "zero + KD retain, lr 4e-3": f"{ZERO} --kd_weight=1 --kd_on=retain --lr=4e-3",
+}
+
+
+def folder(out, arm, seed):
+    name = "".join(c if c.isalnum() or c in ".-" else "-" for c in arm.replace(", ", "-").replace(" + ", "+"))
+    return out / f"{name.replace('--', '-')}-seed{seed}"
+
+
+def run(out, arm, seed):
+    """Run one arm with one seed on one thread, or go on with it; return the exit status."""
+    path = folder(out, arm, seed)
+    if (path / "model").exists():
+        return 0
+    path.mkdir(parents=True, exist_ok=True)
+    options = [*shlex.split(ARMS[arm]), f"--seed={seed}", f"--out={path}", "--resume=auto"]
+    with open(path / "stdout.txt", "a") as log:
+        env = dict(os.environ, OMP_NUM_THREADS="1")
+        command = [sys.executable, str(ROOT / "train.py"), "demo", *options]
+        return subprocess.run(command, stdout=log, stderr=log, env=env).returncode
+
+
+def retained_at(evals, target):
+    """Validation loss `retain` where `learn` first reaches `target`, interpolated; None if it never does."""
+    for a, b in zip(evals, evals[1:]):
+        if b["learn"] <= target < a["learn"]:
+            share = (a["learn"] - target) / (a["learn"] - b["learn"])
+            return a["retain"] + share * (b["retain"] - a["retain"])
+    return None
+
+
+def spread(values):
+    if any(v is None for v in values):
+        return "not reached"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+def table(out, seeds, target):
+    rows = []
+    for arm, options in ARMS.items():
+        runs = [ev.read_run(folder(out, arm, s)) for s in seeds if (folder(out, arm, s) / "model").exists()]
+        if not runs:
+            continue
+        r = [run["result"] for run in runs]
+        at = [retained_at(run["eval"], target) for run in runs]
+        start = runs[0]["eval"][0]["retain"]
+        rows.append([
+            arm, f"`{options}`", len(runs), spread([x["learn"]["grown"] for x in r]),
+            spread([x["retain"]["grown"] - x["retain"]["base"] for x in r]),
+            spread([x["retain"]["kl"] for x in r]),
+            spread([None if a is None else a - start for a in at]), f"{r[0]['trainable'] / 1e6:.2f}M",
+            f"{statistics.mean(x['flops'] for x in r) / 1e15:.4f}",
+        ])  # fmt: skip
+    head = ["arm", "options", "runs", "learn, test loss", "forgetting", "KL",
+            f"forgetting at learn = {target}", "trainable", "PFLOP"]  # fmt: skip
+    return ev.markdown(head, rows)
+
+
+def main():
+    parser = ev.Parser("study.py", description=__doc__)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "study")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--target", type=float, default=2.0, help="learn: the validation loss to compare at")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    a = parser.parse_args()
+    jobs = [] if a.table else [(arm, seed) for seed in a.seeds for arm in ARMS]
+    if jobs:
+        run(a.out, *jobs[0])  # alone: it pretrains the network that all others start from
+    with ThreadPoolExecutor(a.workers) as pool:
+        for job, status in zip(jobs, pool.map(lambda job: run(a.out, *job), jobs)):
+            if status:
+                print(f"{job}: exit status {status}, see {folder(a.out, *job)}/stdout.txt", file=sys.stderr)
+    print(table(a.out, a.seeds, a.target))
+
+
+if __name__ == "__main__":
+    main()
