@@ -195,8 +195,8 @@ def tokenizer_files():
         except UserError as e:
             raise UserError(
                 f"GPT-2's tokenizer needs {' and '.join(names)} from {ENCODINGS}. Without a network, put "
-                f"them into a folder as {' and '.join(names.values())}, in this order, and set TIKTOKEN_CACHE_DIR "
-                f"to it. Reason: {e}"
+                f"them into a folder, named {' and '.join(names.values())} in this order, and set "
+                f"TIKTOKEN_CACHE_DIR to it. Reason: {e}"
             ) from e
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     return paths
@@ -316,8 +316,8 @@ def code():
 
 
 def _shuffled_pieces(texts, size=2000):
-    """Pieces of at least `size` characters cut at line ends, in a fixed order that owes nothing to the alphabet:
-    so train, val and test, and any prefix of them, are alike."""
+    """Pieces of at least `size` characters, cut at line ends, in a fixed order that owes nothing to the
+    alphabet: so train, val and test, and any prefix of them, are alike."""
     pieces = []
     for text in texts:
         while text:

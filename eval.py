@@ -413,9 +413,9 @@ def model_card(run):
         )
     else:
         retention = (
-            f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per token "
-            f"({old['grown'] - old['base']:+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
-        )  # fmt: skip
+            f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per "
+            f"token ({old['grown'] - old['base']:+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
+        )
     options = markdown(["option", "value"], [[f"--{k}", repr(v)] for k, v in c.items()])
     return f"""---
 library_name: transformers
@@ -428,10 +428,11 @@ tags: [gpt2, growing, continual-learning]
 ## Description
 A GPT-2 that started from `{c["init"]}` with {header["layers"]} blocks and {header["parameters"]:,}
 parameters and was trained on `{c["dataset"]}` while {len(run["event"])} identity-initialised blocks were
-inserted. It has {r["layers"]} blocks and {r["parameters"]:,} parameters; {r["trainable"]:,} trained at the end.
+inserted. It has {r["layers"]} blocks and {r["parameters"]:,} parameters; {r["trainable"]:,} trained at
+the end.
 
 ## Training data
-Learned: `{c["dataset"]}`, {header["tokens"]["learn"]["train"]:,} training tokens; the run drew {r["tokens"]:,}.
+Learned: `{c["dataset"]}`, {header["tokens"]["learn"]["train"]:,} training tokens; {r["tokens"]:,} were drawn.
 To be retained: `{r["retain"]["dataset"]}`.
 
 ## Configuration
@@ -564,8 +565,8 @@ def main(argv):
             loss = evaluate(model, tokens, context, a.batch_size, a.windows, a.average)
             part = f"first {a.windows} windows" if a.windows else "whole split"
             protocol = f"{part}, context {context}, stride {context}, mean by {a.average}"
-            print(f"{name} on {a.dataset}, {a.split} split ({len(tokens):,} tokens; {protocol}): loss {loss:.4f}, "
-                  f"perplexity {ppl(loss):.4f}")  # fmt: skip
+            print(f"{name} on {a.dataset}, {a.split} split ({len(tokens):,} tokens; {protocol}):\n"
+                  f"loss {loss:.4f}, perplexity {ppl(loss):.4f}")  # fmt: skip
 
 
 def run_main(main):

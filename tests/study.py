@@ -28,8 +28,6 @@ ARMS = {
     "full + KD retain": "--max_growths=0 --kd_weight=1 --kd_on=retain",
     "top 2 unfrozen": "--max_growths=0 --freeze=top2",
     "card": "",
-    "card, spread": "--where=spread",
-    "card, top": "--where=top",
     "card, lr 2e-4": "--lr=2e-4",
     "card, lr 4e-3": "--lr=4e-3",
     "card + KD retain": "--kd_weight=1 --kd_on=retain",
@@ -37,7 +35,6 @@ ARMS = {
     "zero, spread": f"{ZERO} --where=spread",
     "zero, upper": ZERO,
     "zero, fresh": f"{ZERO} --block_init=fresh",
-    "zero, lr 4e-3": f"{ZERO} --lr=4e-3",
     "zero + replay": f"{ZERO} --replay=0.2",
     "zero + KD train": f"{ZERO} --kd_weight=1 --kd_on=train",
     "zero + KD retain": f"{ZERO} --kd_weight=1 --kd_on=retain",
@@ -102,8 +99,6 @@ def table(out, seeds, target):
 
 def main():
     parser = ev.Parser("study.py", description=__doc__)
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])

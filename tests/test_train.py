@@ -1,0 +1,434 @@
+"""The run: options, resuming bitwise, kills, signals, faults, and what a run folder holds."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import eval as ev
+import train
+from data import UsageError, UserError
+
+TINY = dict(
+    init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, lr=1e-2,
+    max_steps=12, grow_every=3, max_growths=3, eval_every=2, eval_windows=4, test_windows=4, log_every=1,
+    save_every=2, device="cpu", dtype="float32",
+)  # fmt: skip
+EXACT = ("model", "optimizer", "step", "flops", "trigger", "options", "init", "log_bytes", "model_config")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A text file in which there is something to learn."""
+    words = random.Random(0).choices(["grow", "learn", "keep", "block", "layer", "token"], k=6000)
+    path = tmp_path / "words.txt"
+    path.write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
+    return str(path)
+
+
+def options(text, out, **more):
+    return train.Options(**{**TINY, "dataset": text, "retain": text, "out": str(out), **more})
+
+
+def command(o):
+    changed = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if getattr(o, f.name) != f.default}
+    return [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in changed.items())]
+
+
+def rows(out):
+    """metrics.jsonl without what a clock or a path decides."""
+    skip = ("ms", "seconds", "train_seconds", "command")
+    parsed = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    for row in parsed:
+        if row["kind"] == "header":
+            row["config"] = {k: v for k, v in row["config"].items() if k not in train.HARMLESS}
+    return [{k: v for k, v in row.items() if k not in skip} for row in parsed]
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def assert_same_run(one, two):
+    """Bitwise: weights, optimizer, trigger, best, every logged number, and the export."""
+    a, b = (train.load_checkpoint(Path(out) / "ckpt.pt") for out in (one, two))
+    for c in (a, b):
+        c["options"] = {k: v for k, v in c["options"].items() if k not in train.HARMLESS}
+    for key in set(EXACT) - {"log_bytes"}:  # the log has other clock readings, so perhaps another length
+        assert_same(a[key], b[key])
+    assert_same(*(train.load_checkpoint(Path(out) / "best.pt") for out in (one, two)))
+    assert rows(one) == rows(two)
+    exports = [(Path(out) / "model" / "model.safetensors").read_bytes() for out in (one, two)]
+    assert exports[0] == exports[1]
+
+
+# ----- resuming -----
+
+VARIANTS = {
+    "schedule": {},
+    "first growth at 0, distilled on retained rows": dict(
+        first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2
+    ),
+    "plateau": dict(trigger="plateau", patience=2, min_delta=0.5, freeze="older"),
+    "EWC, replay, dropout, fresh blocks": dict(
+        freeze="none", ewc_lambda=10.0, ewc_batches=2, replay=0.5, dropout=0.1, block_init="fresh"
+    ),
+    "dreams, separate teacher, cosine": dict(
+        kd_weight=1.0, kd_on="dream", dreams=8, kd_rows=2, lr_schedule="cosine", warmup_steps=2
+    ),
+    "accumulation, bfloat16": dict(grad_accum=2, batch_size=2, dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_run_ends_bitwise_equal(text, tmp_path, variant, monkeypatch):
+    """Stop at every third step by a signal, resume each time: the end is that of the uninterrupted run."""
+    train.train(options(text, tmp_path / "whole", **VARIANTS[variant]))
+    assert len(ev.read_run(tmp_path / "whole")["event"]) == 3
+
+    real = train.micro_batches
+
+    def interrupted(o, learn, old, dreams, step, *args, **kwargs):
+        if step and step % 3 == 2 and not (tmp_path / f"stopped{step}").exists():
+            (tmp_path / f"stopped{step}").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(o, learn, old, dreams, step, *args, **kwargs)
+
+    monkeypatch.setattr(train, "micro_batches", interrupted)
+    stops = 0
+    while True:
+        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            train.train(options(text, tmp_path / "parts", resume="auto", **VARIANTS[variant]))
+            break
+        except SystemExit as e:
+            assert e.code == 128 + signal.SIGTERM
+            stops += 1
+        finally:
+            for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+                signal.signal(s, handler)
+    assert stops >= 3
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def kill_and_resume(o, whole, kills, seed):
+    """SIGKILL the run `kills` times at random moments, resuming each time; return where it had got to."""
+    clock, reached = random.Random(seed), []
+    out = Path(o.out)
+    o = dataclasses.replace(o, resume="auto")
+    while len(reached) < kills:
+        process = subprocess.Popen(command(o), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = (out / "metrics.jsonl").stat().st_size if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None:  # wait until it trains, so that kills hit steps, saves and exports
+            size = (out / "metrics.jsonl").stat().st_size if (out / "metrics.jsonl").exists() else 0
+            if size != begun:
+                break
+            time.sleep(0.002)
+        time.sleep(clock.uniform(0, 0.6))
+        process.kill()
+        process.wait()
+        saved = (out / "ckpt.pt").exists()
+        reached.append(train.load_checkpoint(out / "ckpt.pt")["step"] if saved else 0)
+    subprocess.run(command(o), check=True, capture_output=True)
+    assert_same_run(whole, out)
+    return reached
+
+
+def test_killed_run_ends_bitwise_equal(text, tmp_path):
+    """SIGKILL at random moments, inside saves too; tests/soak.py does this many more times."""
+    o = options(text, tmp_path / "whole", max_steps=40, grow_every=10, save_every=1, log_every=2)
+    subprocess.run(command(o), check=True, capture_output=True)
+    o = dataclasses.replace(o, out=str(tmp_path / "killed"))
+    assert len(kill_and_resume(o, tmp_path / "whole", kills=4, seed=0)) == 4
+
+
+def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path):
+    """A full disk (here: a limit on file size) is one sentence, and the checkpoint before it stays whole."""
+    script = (
+        "import resource, sys, torch; sys.path.insert(0, sys.argv[1]); import train\n"
+        "path = sys.argv[2] + '/ckpt.pt'\n"
+        "train.save_atomically(path, {'w': torch.ones(10)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: train.save_atomically(path, {'w': torch.ones(100_000)})\n"
+        "except train.UserError as e: print(e)\n"
+        "print(len(train.load_checkpoint(path)['w']))"
+    )
+    run = subprocess.run([sys.executable, "-c", script, ROOT, tmp_path], capture_output=True, text=True)
+    assert "cannot write" in run.stdout and "--resume" in run.stdout, run.stderr
+    assert run.stdout.endswith("10\n")
+
+
+def test_signal_saves_and_says_how_to_go_on(text, tmp_path):
+    o = options(text, tmp_path / "run", max_steps=100_000, eval_every=1000)
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(command(o), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("step 20/") or (
+                line.startswith("step") and "resumed" not in line and o.resume == "yes"
+            ):
+                break
+        process.send_signal(number)
+        rest = process.communicate()[0]
+        assert process.returncode == status
+        assert "--resume" in rest
+        o = dataclasses.replace(o, resume="yes")
+
+
+def test_resume_refuses_another_run(text, tmp_path):
+    o = options(text, tmp_path / "run")
+    train.train(o)
+    with pytest.raises(UsageError, match="--resume"):
+        train.train(o)
+    with pytest.raises(UsageError, match="--lr=0.01"):
+        train.train(dataclasses.replace(o, resume="yes", lr=0.5))
+    with pytest.raises(UsageError, match="--max_steps=12"):
+        train.train(dataclasses.replace(o, resume="yes", max_steps=6))
+    saved = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    train.save_atomically(
+        tmp_path / "run" / "ckpt.pt", saved | {"init": "0" * 64}
+    )  # as if --init had changed
+    with pytest.raises(UserError, match="other weights"):
+        train.train(dataclasses.replace(o, resume="yes"))
+    train.save_atomically(tmp_path / "run" / "ckpt.pt", saved)
+    with pytest.raises(UsageError, match="nothing to resume"):
+        train.train(options(text, tmp_path / "none", resume="yes"))
+    train.train(dataclasses.replace(o, resume="yes", max_steps=14, batch_size=2, grad_accum=2, log_every=7))
+    assert ev.read_run(tmp_path / "run")["result"]["tokens"] == 14 * 4 * 16
+
+
+def test_cut_log_is_refused(text, tmp_path):
+    o = options(text, tmp_path / "run", max_steps=4, grow_every=4)
+    train.train(o)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="shorter"):
+        train.train(dataclasses.replace(o, resume="yes"))
+
+
+# ----- faults in training -----
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(text, tmp_path, monkeypatch):
+    """NaN from step 7 on: the run names the step, and checkpoint and best are those from before."""
+    real = train.Objective.losses
+
+    def poisoned(self, hidden, y, target):
+        nll, kd = real(self, hidden, y, target)
+        calls.append(1)
+        return (nll * float("nan") if torch.is_grad_enabled() and len(calls) > 12 else nll), kd
+
+    calls = []
+    monkeypatch.setattr(train.Objective, "losses", poisoned)
+    with pytest.raises(UserError, match="at step .*--lr"):
+        train.train(options(text, tmp_path / "run", max_steps=30, save_every=3, log_every=5))
+    saved = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert all(torch.isfinite(w).all() for w in saved["model"].values())
+    assert saved["step"] > 0
+
+
+def test_best_is_the_lowest_validation_loss(text, tmp_path):
+    train.train(options(text, tmp_path / "run", lr=0.1))  # so high that the last is not the best
+    run = ev.read_run(tmp_path / "run")
+    best = train.load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["loss"] == min(e["learn"] for e in run["eval"]) == run["result"]["best"]
+    assert best["loss"] < run["eval"][-1]["learn"]
+
+
+def test_out_of_memory_gives_the_same_global_batch(text, tmp_path, monkeypatch):
+    def fail(o):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train", fail)
+    arguments = command(options(text, tmp_path / "run", batch_size=8, grad_accum=3))[2:]
+    with pytest.raises(UserError, match="--batch_size=4 --grad_accum=6"):
+        train.main(arguments)
+
+
+def test_a_bug_keeps_its_traceback(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda o: [][1])
+    with pytest.raises(IndexError):
+        ev.run_main(lambda argv: train.main(command(options(text, tmp_path / "run"))[2:]))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder_is_found_before_training(text, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write to the run folder"):
+        train.train(options(text, tmp_path / "run"))
+
+
+def test_too_small_a_disk_is_found_before_training(text, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="make room"):
+        train.train(options(text, tmp_path / "run"))
+
+
+# ----- what a run is made of -----
+
+
+def test_events_are_exact_and_logged(text, tmp_path):
+    train.train(options(text, tmp_path / "run", freeze="base"))
+    run = ev.read_run(tmp_path / "run")
+    assert [e["step"] for e in run["event"]] == [3, 6, 9]
+    for e in run["event"]:
+        assert (
+            e["identical"]
+            and e["learn_after"] == e["learn_before"]
+            and e["retain_after"] == e["retain_before"]
+        )
+        assert e["layers_after"] == e["layers_before"] + 1
+    steps = [row["step"] for row in run["step"]]
+    assert steps == list(range(12))
+
+
+def test_a_growth_that_is_no_identity_stops_the_run(text, tmp_path, monkeypatch):
+    real = train.grow.insert_block
+
+    def broken(model, at, init):
+        block = real(model, at, init)
+        torch.nn.init.ones_(block.mlp.c_proj.bias)
+        return block
+
+    monkeypatch.setattr(train.grow, "insert_block", broken)
+    with pytest.raises(RuntimeError, match="changed the logits"):
+        train.train(options(text, tmp_path / "run"))
+
+
+def test_originals_never_train_from_step_zero(text, tmp_path):
+    """--first_growth=0: the network without its grown blocks is still the one the run began with."""
+    o = options(text, tmp_path / "run", first_growth=0, kd_weight=1.0, kd_on="train")
+    train.train(o)
+    grown = train.GPT.from_pretrained(tmp_path / "run" / "model")
+    pretrained, kept = train.start_model(o), train.grow.original(grown)
+    x = torch.randint(256, (2, 16))
+    assert torch.equal(pretrained(x)[0], kept(x)[0])
+    assert not torch.equal(pretrained(x)[0], grown(x)[0])
+
+
+def test_profile_writes_a_trace(text, tmp_path, capsys):
+    train.train(options(text, tmp_path / "run", max_steps=20, grow_every=20, profile=1))
+    assert json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert "Self CPU" in capsys.readouterr().out
+
+
+# ----- options -----
+
+BAD = [
+    ("--grow_evry=5", "did you mean --grow_every"),
+    ("--max_steps=ten", "max_steps"),
+    ("--max_st=10", "unknown option"),
+    ("dmeo", "unknown preset"),
+    ("--grow_every=0", "--grow_every=0 must be at least 1"),
+    ("--grow_every=3000", "after --max_steps"),
+    ("--first_growth=-2", "--first_growth"),
+    ("--max_growths=-1", "--max_growths"),
+    ("--max_steps=0", "--max_steps"),
+    ("--batch_size=0", "--batch_size"),
+    ("--grad_accum=0", "--grad_accum"),
+    ("--lr=-1", "--lr"),
+    ("--lr=nan", "--lr"),
+    ("--lr=inf", "--lr"),
+    ("--weight_decay=-1", "--weight_decay"),
+    ("--dropout=1", "--dropout"),
+    ("--replay=1", "--replay"),
+    ("--replay=0.01", "none or all"),
+    ("--replay=0.5 --retain=none", "--retain"),
+    ("--seed=-1", "--seed"),
+    ("--block_size=1", "--block_size"),
+    ("--block_size=1025", "over the model's 1024"),
+    ("--eval_every=0", "--eval_every"),
+    ("--log_every=0", "--log_every"),
+    ("--save_every=0", "--save_every"),
+    ("--trigger=never", "schedule, plateau"),
+    ("--trigger=plateau --eval_every=500", "plateau needs evaluations"),
+    ("--trigger=plateau --patience=2000", "plateau needs evaluations"),
+    ("--patience=0", "--patience"),
+    ("--where=middle", "--where"),
+    ("--where=13", "0 to 12"),
+    ("--where=-1", "0 to 12"),
+    ("--freeze=all", "--freeze"),
+    ("--freeze=top13", "top12"),
+    ("--freeze=top0", "top12"),
+    ("--block_init=zero", "copy, fresh"),
+    ("--kd_on=both", "train, retain, dream"),
+    ("--kd_temperature=0", "--kd_temperature"),
+    ("--kd_weight=1 --kd_on=retain --retain=none", "--retain"),
+    ("--kd_weight=1 --dropout=0.1", "--dropout=0"),
+    ("--ewc_lambda=1 --first_growth=0", "would weigh nothing"),
+    ("--ewc_lambda=1 --retain=none", "--retain"),
+    ("--init=nowhere", "no model in nowhere"),
+    ("--init=scratch --n_embd=10 --n_head=3", "multiple of n_head"),
+    ("--init=scratch --pretrain_steps=5", "--retain"),
+    ("--pretrain_steps=5", "--init=scratch"),
+    ("--dataset=nothing.txt", "no data set or file"),
+    ("--dataset=none", "--dataset"),
+    ("--retain=nothing.txt", "no data set or file"),
+    ("--device=tpu", "auto, cpu, cuda, mps"),
+    ("--dtype=int8", "float32"),
+    ("--compile=yes", "auto, 0, 1"),
+    ("--resume=maybe", "no, yes, auto"),
+    ("--bad_utf8=ignore", "refuse, replace"),
+    ("--tokenizer=words", "gpt2, bytes"),
+    ("--lr_schedule=linear", "constant, cosine"),
+]
+
+
+@pytest.mark.parametrize("bad, says", BAD)
+def test_bad_options_are_refused_in_one_sentence(bad, says, monkeypatch):
+    """Before anything is downloaded or computed, and with exit status 2."""
+    monkeypatch.setattr(data, "fetch", lambda *args, **kwargs: pytest.fail("it went to the network"))
+    monkeypatch.setattr(train, "train", lambda o: pytest.fail("it went on to train"))
+    with pytest.raises(UserError, match=".") as e:
+        train.main(bad.split())
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_exit_status_and_one_line_on_stderr():
+    run = subprocess.run([sys.executable, ROOT / "train.py", "--lrr=1"], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr == "error: unknown option '--lrr=1': did you mean --lr?\n"
+
+
+def test_options_are_parsed_presets_first():
+    o = train.parse(["demo", "best", "--seed=3", "--lr=1e-4", "--resume"])
+    assert (o.init, o.dataset, o.seed, o.lr, o.resume) == ("scratch", "code", 3, 1e-4, "yes")
+    assert o.kd_weight == train.PRESETS["best"]["kd_weight"]
+    assert o.out == "out/demo-best-seed=3-lr=0.0001"
+    assert train.parse([]).out == "out/card"
+    assert dataclasses.replace(train.parse(["card"]), out="") == train.Options()
+    long = train.parse([f"--dataset={'x' * 300}"])
+    assert len(long.out) < 130
+
+
+def test_card_recipe():
+    """The defaults are the card's: lr 5e-5, decay 0.01, 8 x 128 tokens, 2000 steps, growth at 500, 1000, 1500."""
+    o = train.Options()
+    trigger = train.grow.Schedule(o.grow_every, train.first_growth(o))
+    assert [s for s in range(o.max_steps + 1) if trigger.fires(s)][: o.max_growths] == [500, 1000, 1500]
+    assert (o.lr, o.weight_decay, o.batch_size * o.grad_accum, o.block_size) == (5e-5, 0.01, 8, 128)
+    assert (o.init, o.dataset, o.max_steps, o.freeze) == ("gpt2", "wikitext2", 2000, "base")
+
+
+def test_every_option_is_in_the_help(capsys):
+    with pytest.raises(SystemExit) as e:
+        train.parse(["--help"])
+    assert e.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{f.name}" in text for f in dataclasses.fields(train.Options))
