@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import sysconfig
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -53,9 +54,11 @@ def cache_dir():
     path = Path(_cache).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # found now rather than after a download
+            pass
     except OSError as e:
         raise UserError(
-            f"cannot create the cache folder {path} ({e.strerror}): choose another with --cache_dir"
+            f"cannot write to the cache folder {path} ({e.strerror}): give another --cache_dir"
         ) from e
     print(f"cache folder: {path}", file=sys.stderr)
     return path

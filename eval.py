@@ -165,7 +165,9 @@ def read_run(folder):
     """A run's metrics.jsonl by kind: header and result are dicts, step, eval and event lists of dicts."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
-        raise UserError(f"no run in {folder}: it holds no metrics.jsonl")
+        raise UserError(
+            f"no run in {folder} (no metrics.jsonl); to measure a model, give --dataset or --prompt"
+        )
     run = {"folder": str(folder), "header": None, "step": [], "eval": [], "event": [], "result": None}
     for row in data.read_jsonl(path):
         kind = row.pop("kind", None) if isinstance(row, dict) else None

@@ -25,6 +25,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -92,9 +93,7 @@ class Options:
     # keeping the old
     kd_weight: float = option(0.0, "weight of distillation from the pretrained network", 0)
     kd_temperature: float = option(2.0, "its temperature, above 0", 0)
-    kd_on: str = option(
-        "train", "distil on the batch, old text, or text it dreamt", "train", "retain", "dream"
-    )
+    kd_on: str = option("train", "the batch, old text, or dreamt text", "train", "retain", "dream")
     kd_rows: int = option(4, "rows of old or dreamt text beside each micro-step's batch", 1)
     dreams: int = option(2048, "rows sampled once from the pretrained network", 1)
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", 0)
@@ -307,16 +306,16 @@ def choose_machine(o):
     return device, dtype, use, reasons
 
 
-def make_optimizer(model, o, device, old=None):
-    """AdamW over what trains now; matrices and embeddings decay. It takes over the state of `old`."""
+def make_optimizer(model, o, device, previous=None):
+    """AdamW over what trains now; matrices and embeddings decay. It takes over the state of `previous`."""
     params = grow.trainable(model)
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": o.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
-    if old is not None:
-        grow.carry_over(old, optimizer)
+    if previous is not None:
+        grow.carry_over(previous, optimizer)
     return optimizer
 
 
@@ -465,8 +464,8 @@ def prepare_folder(o, parameters):
     need = 8 * 4 * parameters  # two checkpoints of weights and two moments each, the best, the export
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
         free = shutil.disk_usage(out).free
     except OSError as e:
         raise UserError(
@@ -536,6 +535,8 @@ def pretrain(o):
                 file=sys.stderr,
             )
             train(dataclasses.replace(p, out=str(folder)))
+        if dist.is_initialized():
+            dist.barrier()  # until the first process has written it
     return folder / "model"
 
 
@@ -568,7 +569,7 @@ def dream(base, o, device, identity):
     return data.read_bin(path, source, tokenizer)
 
 
-def load_old_text(o, vocab_size):
+def load_retained(o, vocab_size):
     """(splits or None, name). Under --retain=auto a text that cannot be had is done without, and that is
     said."""
     if o.retain == "none":
@@ -583,17 +584,17 @@ def load_old_text(o, vocab_size):
         return None, "none"
 
 
-def micro_batches(o, learn, old, dreams, step, device, rank=0, world=1):
+def micro_batches(o, learn, retain, dreams, step, device, rank=0, world=1):
     """This rank's (inputs, targets) of each micro-step: a pure function of (seed, step)."""
     rows, T = o.batch_size * o.grad_accum, o.block_size
     replayed = round(o.replay * rows)
     x, y = data.batch(learn["train"], T, rows - replayed, step, o.seed)
     if replayed:
-        again = data.batch(old["train"], T, replayed, step, o.seed + 1)
+        again = data.batch(retain["train"], T, replayed, step, o.seed + 1)
         x, y = torch.cat([x, again[0]]), torch.cat([y, again[1]])
     x, y = (t.view(o.grad_accum, world, -1, T)[:, rank] for t in (x, y))
     if o.kd_weight and o.kd_on != "train":  # rows to be distilled on follow those to be learned
-        source = dreams if o.kd_on == "dream" else old["train"]
+        source = dreams if o.kd_on == "dream" else retain["train"]
         extra, _ = data.batch(source, T, o.kd_rows * o.grad_accum, step, o.seed + 2)
         x = torch.cat([x, extra.view(o.grad_accum, world, -1, T)[:, rank]], 1)
     if device.type == "cuda":
@@ -641,7 +642,7 @@ def train(o):
     base = start_model(o)
     identity, config = fingerprint(base), copy.copy(base.config)
     learn = data.load(o.dataset, config.vocab_size, o.block_size, o.bad_utf8)
-    old, old_name = load_old_text(o, config.vocab_size)
+    retain, retain_name = load_retained(o, config.vocab_size)
     size = sum(p.numel() for p in base.parameters())
     if rank == 0:
         prepare_folder(o, size)
@@ -658,7 +659,8 @@ def train(o):
     ewc = dreams = teacher = None
     if o.ewc_lambda:
         rows = (
-            data.batch(old["train"], o.block_size, o.batch_size, i, o.seed)[0] for i in range(o.ewc_batches)
+            data.batch(retain["train"], o.block_size, o.batch_size, i, o.seed)[0]
+            for i in range(o.ewc_batches)
         )
         ewc = grow.EWC(base, (x.to(device) for x in rows), torch.Generator(device).manual_seed(o.seed))
     if o.kd_weight and o.kd_on == "dream":
@@ -680,7 +682,9 @@ def train(o):
     if use_compile:
         compile_parts(objective)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    batches = functools.partial(micro_batches, o, learn, old, dreams, device=device, rank=rank, world=world)
+    batches = functools.partial(
+        micro_batches, o, learn, retain, dreams, device=device, rank=rank, world=world
+    )
 
     def rewire(previous=None):
         """Optimizer, DDP and cost for what trains now. DDP fixes its parameters when built: build it anew."""
@@ -699,12 +703,12 @@ def train(o):
         grow.load_optimizer_state(model, optimizer, saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         vars(trigger).update(saved["trigger"])
-        best = load_checkpoint(out / "best.pt")["loss"]
+        best = load_checkpoint(out / "best.pt")["loss"] if (out / "best.pt").exists() else math.inf
     log = Log(out / "metrics.jsonl", saved["log_bytes"] if saved else 0, rank == 0)
 
     count = {
         name: {k: len(v) for k, v in splits.items()}
-        for name, splits in (("learn", learn), ("retain", old or {}))
+        for name, splits in (("learn", learn), ("retain", retain or {}))
     }
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if not saved:
@@ -715,7 +719,7 @@ def train(o):
         )  # fmt: skip
     say(" ".join(f"--{k}={v}" for k, v in asdict(o).items()), *reasons, sep="\n")
     say(f"{config.n_layer} layers, {size:,} parameters; learn {o.dataset}, {count['learn']['train']:,} "
-        f"training tokens; retain {old_name}; torch {torch.__version__}")  # fmt: skip
+        f"training tokens; retain {retain_name}; torch {torch.__version__}")  # fmt: skip
     if saved:
         say(f"resumed at step {step} with {model.config.n_layer} layers")
 
@@ -726,7 +730,7 @@ def train(o):
     def measure():
         """Validation loss on both domains, in nats per token."""
         with autocast():
-            domains = {"learn": learn["val"], "retain": old and old["val"]}
+            domains = {"learn": learn["val"], "retain": retain and retain["val"]}
             args = o.block_size, o.batch_size, o.eval_windows
             return {k: ev.evaluate(model, v, *args) if v is not None else None for k, v in domains.items()}
 
@@ -864,7 +868,7 @@ def train(o):
             report()
             save_all()
         if stopping:
-            say(f"stopped at step {step}, and saved: continue with the same command and --resume --out={out}")
+            say(f"stopped at step {step}, saved in {out}: continue with the same command and --resume=auto")
             sys.exit(128 + stopped_by)
         if last:
             break
@@ -887,11 +891,13 @@ def train(o):
     with autocast():
         args = o.block_size, o.batch_size, o.test_windows
         learned = ev.compare(base, model, learn["test"], *args)
-        kept = ev.compare(base, model, old["test"], *args) if old else dict(base=None, grown=None, kl=None)
+        kept = (
+            ev.compare(base, model, retain["test"], *args) if retain else dict(base=None, grown=None, kl=None)
+        )
         use = ev.block_use(model, learn["test"], o.block_size)
     part = f"first {o.test_windows} windows" if o.test_windows else "whole split"
     log.write(
-        "result", learn={"dataset": o.dataset, **learned}, retain={"dataset": old_name, **kept},
+        "result", learn={"dataset": o.dataset, **learned}, retain={"dataset": retain_name, **kept},
         layers=model.config.n_layer, parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in grow.trainable(model)), flops=flops, tokens=tokens(), best=best,
         train_seconds=clock.seconds, seconds=elapsed + time.perf_counter() - began,

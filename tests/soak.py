@@ -1,4 +1,4 @@
-"""The long form of the kill test: SIGKILL a run many times at random moments, resume, compare the end bitwise.
+"""The long form of the kill test: SIGKILL a run at random moments, resume it, compare the end bitwise.
 
 python tests/soak.py --kills 50
 """
@@ -24,9 +24,8 @@ def main():
     a = parser.parse_args()
     began, folder = time.time(), Path(tempfile.mkdtemp())
     text = folder / "words.txt"
-    text.write_text(
-        "\n".join(" ".join(random.Random(i).choices(["grow", "learn", "keep"], k=9)) for i in range(900))
-    )
+    lines = (random.Random(i).choices(["grow", "learn", "keep"], k=9) for i in range(900))
+    text.write_text("\n".join(" ".join(line) for line in lines))
     variants = {
         "schedule, frozen base, distillation": dict(first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2),
         "plateau, nothing frozen, EWC, replay": dict(
@@ -43,8 +42,10 @@ def main():
         reached = test_train.kill_and_resume(o, folder / f"whole{number}", kills, a.seed + number)  # asserts
         survived += len(reached)
         inside = Counter("at the end" if s == more["max_steps"] else "under way" for s in reached)
-        print(f"{name}: killed {len(reached)} times ({dict(inside)}), steps reached {reached[0]} ... {reached[-1]} of "
-              f"{more['max_steps']}; the end is bitwise that of the uninterrupted run")  # fmt: skip
+        print(
+            f"{name}: killed {len(reached)} times ({dict(inside)}), last checkpoint at step {reached[-1]} of "
+            f"{more['max_steps']}; the end is bitwise that of the uninterrupted run"
+        )
     print(f"{survived} kills survived of {a.kills} tried, in {time.time() - began:.0f} s")
 
 

@@ -418,7 +418,7 @@ def test_options_are_parsed_presets_first():
 
 
 def test_card_recipe():
-    """The defaults are the card's: lr 5e-5, decay 0.01, 8 x 128 tokens, 2000 steps, growth at 500, 1000, 1500."""
+    """The defaults are the card's: lr 5e-5, decay 0.01, 8 x 128 tokens, growth at 500, 1000, 1500 of 2000."""
     o = train.Options()
     trigger = train.grow.Schedule(o.grow_every, train.first_growth(o))
     assert [s for s in range(o.max_steps + 1) if trigger.fires(s)][: o.max_growths] == [500, 1000, 1500]
