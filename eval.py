@@ -206,32 +206,33 @@ def markdown(head, rows):
 def result_row(run):
     """What `python eval.py RUN ... --json` prints of each run."""
     r = finished(run)
-    return {"run": run["folder"], "command": run["header"]["command"], **r}
+    return {"run": run["folder"], "command": run["header"]["command"], **r, "forgetting": forgetting(r)}
+
+
+def show(value, form):
+    return "-" if value is None else format(value, form)
+
+
+def forgetting(result):
+    """Nats by which the loss on the retained domain exceeds the untouched network's; None if not measured."""
+    old = result["retain"]
+    return None if old["base"] is None else old["grown"] - old["base"]
 
 
 def results_table(runs):
     head = ["run", "learn base", "grown", "ppl base", "grown", "retain base", "grown", "forgetting", "KL",
-            "layers", "parameters", "trainable", "PFLOP", "minutes"]  # fmt: skip
+            "layers", "parameters", "trainable", "TFLOP", "minutes"]  # fmt: skip
     rows = []
     for run in runs:
         r = finished(run)
         new, old = r["learn"], r["retain"]
-        kept = [
-            f"{old['base']:.4f}",
-            f"{old['grown']:.4f}",
-            f"{old['grown'] - old['base']:+.4f}",
-            f"{old['kl']:.4f}",
-        ]
-        rows.append(
-            [Path(run["folder"]).name, f"{new['base']:.4f}", f"{new['grown']:.4f}", f"{ppl(new['base']):.2f}"]
-            + [f"{ppl(new['grown']):.2f}", *(kept if old["base"] is not None else ["-"] * 4), r["layers"]]
-            + [
-                f"{r['parameters']:,}",
-                f"{r['trainable']:,}",
-                f"{r['flops'] / 1e15:.4g}",
-                f"{r['seconds'] / 60:.1f}",
-            ]
-        )
+        losses = [show(x, ".4f") for x in (new["base"], new["grown"])]
+        losses += [show(ppl(x), ".2f") for x in (new["base"], new["grown"])]
+        losses += [show(x, ".4f") for x in (old["base"], old["grown"])]
+        kept = [show(forgetting(r), "+.4f"), show(old["kl"], ".4f")]
+        size = [r["layers"], f"{r['parameters']:,}", f"{r['trainable']:,}"]
+        cost = [f"{r['flops'] / 1e12:,.2f}", f"{r['seconds'] / 60:.1f}"]
+        rows.append([Path(run["folder"]).name, *losses, *kept, *size, *cost])
     return markdown(head, rows)
 
 
@@ -260,22 +261,15 @@ def events_table(run):
 
 def versus_table(run):
     r = finished(run)
+    head = ["domain", "loss base", "loss grown", "change", "ppl base", "ppl grown", "KL(base, grown)"]
     rows = []
     for name in ("learn", "retain"):
         d = r[name]
         if d["base"] is not None:
-            rows.append(
-                [
-                    f"{name}: {d['dataset']}",
-                    f"{d['base']:.4f}",
-                    f"{d['grown']:.4f}",
-                    f"{d['grown'] - d['base']:+.4f}",
-                ]
-                + [f"{ppl(d['base']):.2f}", f"{ppl(d['grown']):.2f}", f"{d['kl']:.4f}"]
-            )
-    return markdown(
-        ["domain", "loss base", "loss grown", "change", "ppl base", "ppl grown", "KL(base, grown)"], rows
-    )
+            losses = [f"{d['base']:.4f}", f"{d['grown']:.4f}", f"{d['grown'] - d['base']:+.4f}"]
+            rest = [f"{ppl(d['base']):.2f}", f"{ppl(d['grown']):.2f}", f"{d['kl']:.4f}"]
+            rows.append([f"{name}: {d['dataset']}", *losses, *rest])
+    return markdown(head, rows)
 
 
 def slope(evals, first, last):
@@ -289,8 +283,8 @@ def scaling_rows(run):
     rows, events, last = [], run["event"], run["eval"][-1]
     for k, e in enumerate(events):
         begin = events[k - 1]["step"] if k else 0
-        end, loss = (events[k + 1]["step"], events[k + 1]["learn_before"]) if k + 1 < len(events) else (
-            last["step"], last["learn"])  # fmt: skip
+        following = events[k + 1] if k + 1 < len(events) else {**last, "learn_before": last["learn"]}
+        end, loss = following["step"], following["learn_before"]
         rows.append({
             **{key: e[key] for key in ("step", "tokens", "parameters", "flops")}, "layers": e["layers_after"],
             "loss_before": e["learn_before"], "loss_after": e["learn_after"],
@@ -303,21 +297,15 @@ def scaling_rows(run):
 
 
 def scaling_table(run):
-    def show(x, form):
-        return "-" if x is None else format(x, form)
-
-    rows = [
-        [r["step"], f"{r['tokens']:,}", r["layers"], f"{r['parameters']:,}", f"{r['flops'] / 1e15:.4g}"]
-        + [
-            f"{r['loss_before']:.4f}",
-            f"{r['loss_after'] - r['loss_before']:g}",
-            show(r["slope_before"], "+.3f"),
-        ]
-        + [show(r["slope_after"], "+.3f"), f"{r['gain_per_million']:+.4f}", show(r["use"], ".3f")]
-        for r in scaling_rows(run)
-    ]
-    head = ["step", "tokens", "layers", "params", "PFLOP", "val loss", "delta", "slope before", "slope after",
-            "gain / M params", "use"]  # fmt: skip
+    head = ["step", "tokens", "layers", "parameters", "TFLOP", "val loss", "delta", "slope before",
+            "slope after", "gain / M params", "use"]  # fmt: skip
+    rows = []
+    for r in scaling_rows(run):
+        size = [r["step"], f"{r['tokens']:,}", r["layers"], f"{r['parameters']:,}"]
+        size.append(f"{r['flops'] / 1e12:,.2f}")
+        loss = [f"{r['loss_before']:.4f}", f"{r['loss_after'] - r['loss_before']:g}"]
+        slopes = [show(r["slope_before"], "+.3f"), show(r["slope_after"], "+.3f")]
+        rows.append([*size, *loss, *slopes, f"{r['gain_per_million']:+.4f}", show(r["use"], ".3f")])
     return markdown(head, rows) if rows else "no growth"
 
 
@@ -332,7 +320,7 @@ def report(run):
         "Scaling (slopes: nats per 1,000 steps; gain: nats until the next growth; use: |block(x) - x| / |x|)",
         scaling_table(run),
         f"{r['seconds']:.0f} s in all, {r['train_seconds']:.0f} s of them training; {r['tokens']:,} tokens, "
-        f"{r['flops'] / 1e15:.4g} PFLOP. The model: {run['folder']}/model",
+        f"{r['flops'] / 1e12:,.2f} TFLOP. The model: {run['folder']}/model",
     ])  # fmt: skip
 
 
@@ -359,7 +347,7 @@ def plot(runs, path):
         curves.plot(steps, [e["learn"] for e in run["eval"]], color=color, label=name)
         if r["retain"]["base"] is not None:
             curves.plot(steps, [e["retain"] for e in run["eval"]], "--", color=color)
-            x, y = r["learn"]["grown"], r["retain"]["grown"] - r["retain"]["base"]
+            x, y = r["learn"]["grown"], forgetting(r)
             frontier.plot(x, y, "o", color=color)
             frontier.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
         for e in run["event"]:
@@ -501,12 +489,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv):
-    p = Parser(
-        "eval.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = Parser("eval.py", description=__doc__)
     p.add_argument("names", nargs="+", help="run folders, or one model: gpt2, gpt2-medium ..., a folder")
     p.add_argument("--json", action="store_true", help="print results as JSON")
     p.add_argument("--plot", metavar="FILE.png", help="draw losses and frontier of the runs")

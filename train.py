@@ -57,9 +57,7 @@ def option(default, help, *allowed):
 class Options:
     # the network and its two domains
     init: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with weights, or scratch")
-    dataset: str = option(
-        "wikitext2", "what is learned: wikitext2, webtext, docs, code, a .txt file or a folder"
-    )
+    dataset: str = option("wikitext2", "what is learned: wikitext2, webtext, docs, code, a file, a folder")
     retain: str = option("auto", "what must be kept: the same, or none (auto: webtext if it can be had)")
     block_size: int = option(128, "context, in tokens", 2)
     bad_utf8: str = option("refuse", "invalid UTF-8 in a file of yours", "refuse", "replace")
@@ -106,9 +104,7 @@ class Options:
     log_every: int = option(10, "steps between log lines", 1)
     save_every: int = option(500, "steps between checkpoints; one more at the end and on Ctrl-C", 1)
     out: str = option("", "run folder (empty: out/PRESET and the options given)")
-    resume: str = option(
-        "no", "yes (or no value): go on with the run; auto: if there is one", "no", "yes", "auto"
-    )
+    resume: str = option("no", "yes or no value: go on; auto: if there is a run", "no", "yes", "auto")
     # the machine
     device: str = option("auto", "", "auto", "cpu", "cuda", "mps")
     dtype: str = option("auto", "what autocast computes in", "auto", "float32", "bfloat16", "float16")

@@ -1,0 +1,187 @@
+"""Several processes: the same run as one process, to float32 rounding, and bitwise the same on every rank."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import data
+import eval as ev
+import train
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+TINY = dict(
+    init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, lr=1e-3,
+    max_steps=16, grow_every=5, max_growths=2, eval_every=2, eval_windows=10, test_windows=6, log_every=1,
+    save_every=8, device="cpu", dtype="float32", compile="0",
+)  # fmt: skip
+# A loss that must fall by 1e9 never does, so the plateau's growths come after `patience` steps.
+RUNS = {
+    "schedule": dict(grad_accum=2),
+    "plateau": dict(trigger="plateau", patience=4, min_delta=1e9, freeze="older"),
+    "keeping": dict(freeze="none", replay=0.25, kd_weight=1.0, kd_on="retain", kd_rows=2, ewc_lambda=10.0),
+    "shared": dict(first_growth=0, kd_weight=1.0, eval_windows=7),
+}
+EVALUATIONS = [(7, "token"), (9, "window"), (1, "token"), (0, "token")]  # windows, average; 0: all of them
+STOP_AT = 6  # the step at which one rank of two is told to stop
+
+
+def options(folder, text, out, **more):
+    return train.Options(**{**TINY, "dataset": text, "retain": text, "out": f"{folder}/{out}", **more})
+
+
+def network_and_tokens():
+    torch.manual_seed(1)
+    net = GPT(GPTConfig(data.BYTES, 32, 2, 32, (0,) * 2))
+    return net, np.random.default_rng(0).integers(0, 256, 8 * 32 + 5).astype(np.uint16)
+
+
+def worker(rank, folder, text):
+    """What each of the two processes does: all runs, one after the other, noting its weights as it goes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    net, tokens = network_and_tokens()
+    seen = {"evaluations": [ev.evaluate(net, tokens, 32, 2, *case) for case in EVALUATIONS]}
+    evaluate = ev.evaluate
+
+    def noting(model, *args):  # every rank evaluates: there it writes down its weights, and how many train
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        notes.append([len(model.h), trains, digest.hexdigest()])
+        if (
+            name == "stopped" and rank == 1 and len(notes) == 2 * (STOP_AT // 2) + 3
+        ):  # both domains, one growth
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model, *args)
+
+    ev.evaluate = noting
+    for name, more in {**RUNS, "stopped": {}, "continued": {"resume": "yes"}}.items():
+        notes = seen[name] = []
+        try:
+            train.train(options(folder, text, name, **more))
+        except SystemExit as e:
+            seen["status"] = e.code
+    Path(f"{folder}/rank{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two processes share what may be two cores, and a tiny network is faster on one of them anyway."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with every run by one process (ONE) and by two, and what the two ranks saw."""
+    folder = tmp_path_factory.mktemp("ddp")
+    words = random.Random(0).choices(["grow", "learn", "keep", "block", "layer", "token"], k=3000)
+    text = str(folder / "words.txt")
+    Path(text).write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
+    for name, more in {**RUNS, "plain": {}, "continued": {"max_steps": 9}}.items():
+        train.train(options(folder, text, name if name == "continued" else f"{name}-one", **more))
+    torch.multiprocessing.spawn(worker, (str(folder), text), nprocs=2)
+    seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return folder, text, seen
+
+
+def assert_close(one, two):
+    """Two runs with the same losses, growths, best and weights, to float32 rounding."""
+    a, b = (ev.read_run(folder) for folder in (one, two))
+    for kind in ("step", "eval", "event"):
+        assert [row["step"] for row in a[kind]] == [row["step"] for row in b[kind]] and a[kind]
+        for x, y in zip(a[kind], b[kind]):
+            for key in x.keys() - {"ms"}:
+                close = pytest.approx(y[key], rel=1e-5, abs=1e-6) if type(y[key]) is float else y[key]
+                assert x[key] == close, (kind, x["step"], key)
+    for key in ("base", "grown", "kl"):
+        assert a["result"]["learn"][key] == pytest.approx(b["result"]["learn"][key], rel=1e-5, abs=1e-6)
+    assert a["result"]["flops"] == b["result"]["flops"]
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (train.load_checkpoint(Path(folder) / name)["model"] for folder in (one, two))
+        assert a.keys() == b.keys() and not any("module." in key for key in b)
+        for key, p in a.items():
+            q = b[key]
+            if key.endswith("c_attn.bias"):  # softmax does not see the bias of the keys: its gradient is
+                p, q = (torch.cat(t.chunk(3)[::2]) for t in (p, q))  # rounding, which AdamW blows up
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_are_as_one(runs, name):
+    """Who computes which rows must not change what is learned, when it grows, or what is measured."""
+    folder, _, _ = runs
+    assert_close(folder / f"{name}-one", folder / name)
+    assert len(ev.read_run(folder / name)["event"]) == 2
+
+
+@pytest.mark.parametrize("name", [*RUNS, "stopped", "continued"])
+def test_ranks_hold_the_same_weights(runs, name):
+    """A block appended behind DDP's back would get other gradients on each rank, and nobody would notice."""
+    _, _, (first, second) = runs
+    assert first[name] == second[name]
+    if name in RUNS:
+        assert {layers for layers, _, _ in first[name]} >= {3, 4}  # seen through both growths
+        assert len({digest for _, _, digest in first[name]}) > 6  # and they did train
+
+
+def test_evaluation_is_that_of_one_process(runs):
+    """Each window has one owner, so the sum over ranks is exact, whether the batches divide evenly or not."""
+    _, _, (first, second) = runs
+    net, tokens = network_and_tokens()
+    alone = [ev.evaluate(net, tokens, 32, 2, *case) for case in EVALUATIONS]
+    assert first["evaluations"] == second["evaluations"] == alone
+    assert len(set(alone)) == len(alone)
+
+
+def test_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, capsys):
+    """A scheduler may signal one process only: all must save the same step, and fewer may continue."""
+    folder, text, (first, second) = runs
+    assert first["status"] == second["status"] == 128 + signal.SIGTERM
+    assert train.load_checkpoint(folder / "stopped/ckpt.pt")["step"] == STOP_AT
+    train.train(options(folder, text, "stopped", resume="yes"))
+    assert f"resumed at step {STOP_AT} with 3 layers" in capsys.readouterr().out
+    assert_close(folder / "plain-one", folder / "stopped")
+
+
+def test_two_processes_go_on_where_one_ended(runs):
+    """Batches depend on (seed, step) only and state goes by name, so more processes may continue a run."""
+    folder, _, (first, _) = runs
+    assert_close(folder / "plain-one", folder / "continued")
+    assert {layers for layers, _, _ in first["continued"]} == {3, 4}  # it began in between the two growths
+
+
+def test_torchrun(runs, tmp_path):
+    """The documented command, start to end: one process prints, and the run is that of one process."""
+    folder, text, _ = runs
+    o = options(tmp_path, text, "run")
+    changed = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if getattr(o, f.name) != f.default}
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in changed.items())],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("grew 2 -> 3 layers") == run.stdout.count("Summary of") == 1
+    assert ev.read_run(o.out)["header"]["processes"] == 2
+    assert_close(folder / "plain-one", o.out)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    """Ranks with different numbers of rows would weigh them differently in the mean."""
+    with pytest.raises(data.UsageError, match="multiple of the 2 processes"):
+        train.check(train.Options(**{**TINY, "batch_size": 3, "dataset": __file__, "retain": "none"}), 2)
