@@ -98,12 +98,12 @@ def fetch(urls, path, size=None, sha256=None):
     A file already there (put by hand, say) with the right size and hash is used without a network. What
     has arrived is kept in PATH.part and continued with a Range request, and only a verified file gets its
     name."""
-    path = Path(path)
-    wrong = fault(path, size, sha256) if path.exists() else "is missing"
-    if wrong is None:
-        return path
-    tried = [f"{path} {wrong}"]
+    path, tried = Path(path), []
     try:
+        wrong = fault(path, size, sha256) if path.exists() else "is missing"
+        if wrong is None:
+            return path
+        tried.append(f"{path} {wrong}")
         with lock(path):
             if path.exists() and not fault(path, size, sha256):  # another process fetched it while we waited
                 return path
@@ -160,7 +160,7 @@ def _download(url, part, size):
         r.raise_for_status()
         resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with open(part, "ab" if resumed else "wb") as f:
-            for chunk in r.iter_content(1 << 20):
+            for chunk in r.iter_content(1 << 16):
                 f.write(chunk)
                 total = f" of {size / 1e6:.0f}" if size else ""
                 print(f"\r{part.stem}: {f.tell() / 1e6:.1f}{total} MB", end="", file=sys.stderr, flush=True)
@@ -283,15 +283,20 @@ def webtext():
     texts = {}
     for split, size in WEBTEXT_BYTES.items():
         path = fetch([f"{WEBTEXT_URL}webtext.{split}.jsonl"], cache_dir() / f"webtext.{split}.jsonl", size)
-        texts[split] = EOT.join(row["text"] for row in read_jsonl(path))
+        texts[split] = EOT.join(read_texts(path))
     return {"train": texts["valid"], "val": texts["test"], "test": texts["test"]}
 
 
 def lambada():
     """The 5,153 passages of OpenAI's LAMBADA test, each a text whose last word is to be guessed."""
-    return [
-        row["text"] for row in read_jsonl(fetch([LAMBADA_URL], cache_dir() / "lambada_test.jsonl", *LAMBADA))
-    ]
+    return read_texts(fetch([LAMBADA_URL], cache_dir() / "lambada_test.jsonl", *LAMBADA))
+
+
+def read_texts(path):
+    try:
+        return [row["text"] for row in read_jsonl(path)]
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{path}: a row without a text") from e
 
 
 def read_jsonl(path):
@@ -333,9 +338,8 @@ def _shuffled_pieces(texts, size=2000):
 def own_text(name, bad_utf8="refuse"):
     """A user's .txt file, or every .txt, .md and .py file below a folder in the order of their paths."""
     path = Path(name)
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md", ".py"))
-    )
+    found = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(p for p in found if p.is_file() and (p == path or p.suffix in (".txt", ".md", ".py")))
     texts = []
     for file in files:
         raw = file.read_bytes()

@@ -239,33 +239,34 @@ INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 
 
 def read_openai_checkpoint(folder):
-    """{variable name: float32 array}, mapped from the file without reading it. Raises UserError on any
-    damage."""
+    """{variable name: float32 array}, mapped from the file, unread. Raises UserError on any damage."""
     index, path = Path(folder) / INDEX, Path(folder) / DATA
     try:
-        entries = read_table(index.read_bytes())
-        size = path.stat().st_size
+        return map_tensors(read_table(index.read_bytes()), path)
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}") from e
-    except (ValueError, IndexError, struct.error) as e:
-        raise UserError(f"{index}: damaged ({e})") from e
-    arrays, end = {}, 0
+    except (ValueError, LookupError, TypeError, struct.error) as e:
+        raise UserError(f"{index}: damaged, or not the index of {path.name} ({e})") from e
+
+
+def map_tensors(entries, path):
+    """The tensors that an index describes: they must fill the file at `path` without gap or overlap."""
     header = entries.pop("", {})
     if header.get(1) != [1] or 2 in header:
-        raise UserError(f"{index}: not an index of one little-endian file")
-    spans = sorted((e.get(4, [0])[0], name) for name, e in entries.items())
-    for offset, name in spans:
-        entry = entries[name]
-        shape = tuple(protobuf(dim).get(1, [0])[0] for dim in protobuf(entry.get(2, [b""])[0]).get(2, []))
-        length = 4 * math.prod(shape)
+        raise ValueError("it does not describe one little-endian file")
+    arrays, end, size = {}, 0, path.stat().st_size
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].get(4, [0])[0]):
+        dims = protobuf(entry.get(2, [b""])[0]).get(2, [])
+        shape = tuple(protobuf(dim).get(1, [0])[0] for dim in dims)
+        offset, length = entry.get(4, [0])[0], 4 * math.prod(shape)
         if entry.get(1) != [1] or 3 in entry or 7 in entry:
-            raise UserError(f"{index}: {name} is not a whole float32 tensor")
-        if offset != end or entry.get(5, [0]) != [length] or offset + length > size:
-            raise UserError(f"{index}: {name} does not lie where the variable before it ends, inside {DATA}")
+            raise ValueError(f"{name} is not a whole float32 tensor")
+        if offset != end or entry.get(5, [0]) != [length] or not 0 < length <= size - offset:
+            raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
         arrays[name] = np.memmap(path, "<f4", "c", offset, shape)
         end = offset + length
     if not arrays or end != size:
-        raise UserError(f"{path} has {size:,} bytes, but its index describes {end:,}")
+        raise ValueError(f"the file has {size:,} bytes, not {end:,}")
     return arrays
 
 
@@ -426,7 +427,7 @@ def read_config(name_or_folder):
     try:
         h = json.loads(path.read_bytes())
         vocab_size, block_size, n_head, n_embd, n_layer = (h[key] for key in SHAPE_FILES[path.name])
-        if type(n_layer) is not int or not 0 < n_layer < 10_000:
+        if type(n_layer) is not int or not 0 < n_layer < 1000:
             raise ValueError(f"n_layer must be a positive whole number, not {n_layer!r}")
         generation = h.get("generation", (0,) * n_layer)
         if len(generation) != n_layer:
@@ -560,7 +561,6 @@ SIZES = {
 SHA256 = {  # published for 124M only; of the larger sizes the exact number of bytes is checked
     ("124M", DATA): "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
     ("124M", INDEX): "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
-    ("124M", "hparams.json"): "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
 }
 
 
@@ -569,12 +569,14 @@ def fetch_gpt2(name):
     copy."""
     size, n_layer, n_embd, n_head, index_bytes, data_bytes, revision, hf_bytes, hf_sha256 = SIZES[name]
     folder, hf_folder = data.cache_dir() / f"gpt2-{size}", data.cache_dir() / f"huggingface-{name}"
-    files = {"hparams.json": None, INDEX: index_bytes, DATA: data_bytes}
+    files = {INDEX: index_bytes, DATA: data_bytes}
+    shape = dict(n_vocab=50257, n_ctx=1024, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
 
     def from_openai():
         for file, length in files.items():
             urls = [url.format(size=size, file=file) for url in OPENAI_URLS]
             data.fetch(urls, folder / file, length, SHA256.get((size, file)))
+        (folder / "hparams.json").write_text(json.dumps(shape))  # what OpenAI's file of this name says
         return folder
 
     def from_huggingface():

@@ -422,9 +422,11 @@ def load_checkpoint(path):
     """Tensors, numbers, strings, lists and dicts, never code. Raises UserError that names file and fault."""
     try:
         with zipfile.ZipFile(path) as z:
-            bad = z.testzip()  # torch writes checksums and does not check them
+            # torch writes checksums and does not check them; and it would take an entry marked as a folder,
+            # by one flipped bit, for an empty tensor.
+            bad = z.testzip() or next((entry.filename for entry in z.infolist() if entry.external_attr), None)
         if bad:
-            raise ValueError(f"the checksum of {bad} is wrong")
+            raise ValueError(f"the checksum or the attributes of {bad} are wrong")
         value = torch.load(path, map_location="cpu", weights_only=True)
         if value.get("version") != CHECKPOINT_VERSION:
             raise ValueError(

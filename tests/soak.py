@@ -24,7 +24,8 @@ def main():
     a = parser.parse_args()
     began, folder = time.time(), Path(tempfile.mkdtemp())
     text = folder / "words.txt"
-    lines = (random.Random(i).choices(["grow", "learn", "keep"], k=9) for i in range(900))
+    words = ["grow", "learn", "keep"]
+    lines = (random.Random(i).choices(words, k=9) for i in range(900))
     text.write_text("\n".join(" ".join(line) for line in lines))
     variants = {
         "schedule, frozen base, distillation": dict(first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2),

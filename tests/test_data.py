@@ -336,7 +336,7 @@ def test_batch_shapes_and_targets():
 
 
 def test_every_window_once_an_epoch():
-    """Three epochs in batches that do not divide them: each takes every window once, each in its own order."""
+    """Three epochs in batches that do not divide them: each takes every window once, in its own order."""
     drawn = sum(starts(6, range(3 * WINDOWS // 6)), [])
     epochs = [drawn[i : i + WINDOWS] for i in range(0, 3 * WINDOWS, WINDOWS)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(0, WINDOWS * T, T))] * 3

@@ -34,7 +34,6 @@ RUNS = {
     "shared": dict(first_growth=0, kd_weight=1.0, eval_windows=7),
 }
 EVALUATIONS = [(7, "token"), (9, "window"), (1, "token"), (0, "token")]  # windows, average; 0: all of them
-STOP_AT = 6  # the step at which one rank of two is told to stop
 
 
 def options(folder, text, out, **more):
@@ -59,9 +58,8 @@ def worker(rank, folder, text):
         digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         notes.append([len(model.h), trains, digest.hexdigest()])
-        if (
-            name == "stopped" and rank == 1 and len(notes) == 2 * (STOP_AT // 2) + 3
-        ):  # both domains, one growth
+        # Two domains at steps 0, 2 and 4, and before and after the growth at 5: the 11th is at step 6.
+        if name == "stopped" and rank == 1 and len(notes) == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, *args)
 
@@ -92,7 +90,7 @@ def runs(tmp_path_factory):
     words = random.Random(0).choices(["grow", "learn", "keep", "block", "layer", "token"], k=3000)
     text = str(folder / "words.txt")
     Path(text).write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
-    for name, more in {**RUNS, "plain": {}, "continued": {"max_steps": 9}}.items():
+    for name, more in {**RUNS, "plain": {}, "continued": {"max_steps": 8}}.items():
         train.train(options(folder, text, name if name == "continued" else f"{name}-one", **more))
     torch.multiprocessing.spawn(worker, (str(folder), text), nprocs=2)
     seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
@@ -152,9 +150,9 @@ def test_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, capsys):
     """A scheduler may signal one process only: all must save the same step, and fewer may continue."""
     folder, text, (first, second) = runs
     assert first["status"] == second["status"] == 128 + signal.SIGTERM
-    assert train.load_checkpoint(folder / "stopped/ckpt.pt")["step"] == STOP_AT
+    assert train.load_checkpoint(folder / "stopped/ckpt.pt")["step"] == 6
     train.train(options(folder, text, "stopped", resume="yes"))
-    assert f"resumed at step {STOP_AT} with 3 layers" in capsys.readouterr().out
+    assert "resumed at step 6 with 3 layers" in capsys.readouterr().out
     assert_close(folder / "plain-one", folder / "stopped")
 
 
@@ -162,7 +160,7 @@ def test_two_processes_go_on_where_one_ended(runs):
     """Batches depend on (seed, step) only and state goes by name, so more processes may continue a run."""
     folder, _, (first, _) = runs
     assert_close(folder / "plain-one", folder / "continued")
-    assert {layers for layers, _, _ in first["continued"]} == {3, 4}  # it began in between the two growths
+    assert {layers for layers, _, _ in first["continued"]} == {2, 3, 4}  # 2: the base, at the end
 
 
 def test_torchrun(runs, tmp_path):

@@ -64,7 +64,7 @@ def answer(h, fault, times):
     if fault.startswith("truncated") and times == 1:
         return reply(h, 200, BODY, send=HALF)
     if start and fault == "range from elsewhere" and times < 3:  # says so, and sends it
-        return reply(h, 206, BODY[start - 1 :], start=start - 1)
+        return reply(h, 206, BODY[: SIZE - start], start=0)
     if start and fault != "truncated, ignores Range":
         return reply(h, 206, BODY[start:], start=start)
     return reply(h, 200, BODY)
@@ -244,10 +244,11 @@ def test_complete_part_needs_no_more_bytes(tmp_path):
 
 
 def test_answer_from_another_offset_is_not_appended(tmp_path):
-    """A 206 that starts elsewhere than asked must not be appended to what is there."""
+    """A 206 that starts elsewhere than asked must not be appended, though the size would be right."""
     (tmp_path / "weights.part").write_bytes(BODY[:HALF])
     with serve("range from elsewhere") as (url, _):
-        assert fetch([f"{url}/weights"], tmp_path / "weights").read_bytes() == BODY
+        path = fetch([f"{url}/weights"], tmp_path / "weights", sha256=None)
+    assert path.read_bytes() == BODY
 
 
 def test_two_processes_fetch_once(tmp_path):

@@ -152,7 +152,7 @@ def test_openai_index(tmp_path):
 
 
 def sign(index):
-    """Make the checksum of a small index's data block right again: the metaindex block follows its trailer."""
+    """Make the checksum of a small index's data block right: the metaindex block follows its trailer."""
     end = model.handle(index[-48:], 0)[0][0] - 5
     c = model.crc32c(index[: end + 1])
     crc = ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF
@@ -183,7 +183,7 @@ def test_openai_index_with_valid_checksums(tmp_path):
 
 ENTRY = "08 01 12 04 12 02 08"  # a variable's dtype and shape {dim {size ...}}, in every index
 BAD_ENTRIES = {
-    "a number without end": "08 01 12 04 12 02 08 ff ff",
+    "a number without end": "08 01 12 04 12 02 08 ff",
     "a group": "08 01 12 04 12 02 0b",
     "four bytes of which one is there": "08 01 12 04 12 02 0d",
     "a shape that is a number": "08 01 10 04 12 02 08",
@@ -222,6 +222,18 @@ def test_safetensors(tmp_path):
     """Our exports carry the sha256 of their tensors: a damaged one is refused or gives the same weights."""
     folder = tiny_export(tmp_path)
     fuzz(folder / "model.safetensors", lambda: weights(folder), 3000, 4)
+
+
+def test_safetensors_length_without_checksum(tmp_path):
+    """Files of others carry no checksum, but any length other than the header's must be refused."""
+    folder = tiny_export(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"sha256"', b'"sha999"'))
+    good, header = path.read_bytes(), 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    for size in (header, len(good) - 1, len(good) + 1, len(good) + 999, *range(0, len(good), 50)):
+        path.write_bytes((good * 2)[:size])
+        with pytest.raises(ValueError, match=path.name):
+            weights(folder)
 
 
 def test_safetensors_header(tmp_path):
