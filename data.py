@@ -222,7 +222,7 @@ def tokenizer_name(vocab_size):
 def encode(text, vocab_size=GPT2):
     """Text -> uint16 ids, (N,). Where the text says <|endoftext|> the ids have it as one token."""
     if tokenizer_name(vocab_size) == "bytes":
-        pieces = [np.frombuffer(p.encode(), np.uint8) for p in text.split(EOT)]
+        pieces = [np.frombuffer(p.encode("utf-8", "replace"), np.uint8) for p in text.split(EOT)]
     else:
         pieces = [np.array(_bpe().encode_ordinary(p), np.uint16) for p in text.split(EOT)]
     eot = np.array([vocab_size - 1], np.uint16)
@@ -452,10 +452,5 @@ def batch(tokens, block_size, rows, step, seed):
     windows = (len(tokens) - 1) // block_size
     drawn = range(step * rows, (step + 1) * rows)
     starts = [int(_order(windows, seed, i // windows)[i % windows]) * block_size for i in drawn]
-    ids = (
-        np.stack([tokens[s : s + block_size + 1] for s in starts])
-        if starts
-        else np.zeros((0, block_size + 1))
-    )
-    ids = torch.from_numpy(ids.astype(np.int64))
+    ids = torch.from_numpy(np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

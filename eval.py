@@ -56,14 +56,13 @@ def sum_windows(values, tokens, block_size, batch_size=8, windows=0, device="cpu
     for i, (where, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
         if i % world == rank:
             x, y = x.to(device), y.to(device)
-            parts.append(
-                (where, torch.where(y >= 0, values(x, y), 0.0).double().sum(1), (y >= 0).double().sum(1))
-            )
-    for where, sums, counts in parts:  # fetched after everything is launched
+            parts.append((where, torch.where(y >= 0, values(x, y), 0.0), y >= 0))
+    for where, nats, counted in parts:  # fetched after everything is launched; summed in float64
         n = both[0, where].numel()
-        both[0, where], both[1, where] = sums[:n].cpu(), counts[:n].cpu()
+        both[0, where] = nats.cpu().double().sum(1)[:n]
+        both[1, where] = counted.cpu().double().sum(1)[:n]
     if world > 1:  # each window has one owner, so this sum is exact
-        both = both.to(device)
+        both = both.to(device)  # nccl adds on the GPU
         dist.all_reduce(both)
         both = both.cpu()
     return both
@@ -135,6 +134,8 @@ def block_use(model, tokens, block_size, rows=8):
 def lambada(model, batch_size=16):
     """Accuracy (all tokens of the last word greedily right) and perplexity per last word, as lm-eval's
     lambada_openai."""
+    if model.config.vocab_size != data.GPT2:
+        raise UsageError("LAMBADA is measured in GPT-2's tokens, and this model has another vocabulary")
     device, right, nats = model.wte.weight.device, 0, 0.0
     rows = []
     for text in data.lambada():
@@ -507,9 +508,12 @@ def arguments(argv):
         "--average", choices=["token", "window"], default="token", help="weigh tokens or windows alike"
     )
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    p.add_argument("--device", choices=["cpu", "cuda"] if gpu else ["cpu"], default="cuda" if gpu else "cpu")
     p.add_argument("--cache_dir", default="")
     a = p.parse_args(argv)
+    if a.dataset:
+        data.check_name(a.dataset)
     if a.batch_size < 1 or a.windows < 0 or a.top_k < 0 or a.max_new_tokens < 1 or a.block_size < 0:
         raise UsageError(
             "batch_size and max_new_tokens must be at least 1; windows, top_k and block_size at least 0"
@@ -532,7 +536,8 @@ def main(argv):
             print(json.dumps([{**result_row(run), "scaling": scaling_rows(run)} for run in runs], indent=1))
         else:
             print("\n\n".join([results_table(runs), *(report(run) for run in runs if len(runs) == 1)]))
-            print(f"\nLosses in nats per token on the test splits. {finished(runs[0])['protocol']}")
+            protocols = sorted({finished(run)["protocol"] for run in runs})
+            print("\nLosses in nats per token.", *protocols, sep="\n")
         if a.plot:
             print(f"picture: {plot(runs, a.plot)}", file=sys.stderr)
         return
@@ -561,7 +566,12 @@ def run_main(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.status)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
+        sys.exit(1)
+    except OSError as e:  # the disk, a permission, a file that is no file: nothing that a traceback explains
+        print(f"error: {e.filename or 'input or output'}: {e.strerror or e}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -92,7 +92,7 @@ def freeze(model, policy):
         trains = {i for i, g in enumerate(generation) if g > 0 and g == max(generation)}
     elif policy == "none":
         trains = set()
-    elif policy.startswith("top") and policy[3:].isdigit() and 0 < int(policy[3:]) <= len(originals):
+    elif policy.startswith("top") and policy[3:].isdecimal() and 0 < int(policy[3:]) <= len(originals):
         trains = set(originals[-int(policy[3:]) :]) | {i for i, g in enumerate(generation) if g > 0}
     else:
         raise UserError(
@@ -204,7 +204,7 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 
 
 class EWC:
-    """Elastic weight consolidation (Kirkpatrick et al., 2017, eq. 3): (1/2) sum F (w - w*)^2.
+    """Elastic weight consolidation (Kirkpatrick et al., 2017, eq. 3): (1/2) sum F (w - w*)^2, without lambda.
 
     w* are the weights of `model` now and F the diagonal of their Fisher information per token, E[(d log p
     / dw)^2], on `batches` (an iterable of ids (B, T)) with labels sampled from the model itself. Scores of

@@ -154,7 +154,7 @@ class GPT(nn.Module):
         left to block_size."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
             raise UserError("temperature must be at least 0 and top_k at least 1")
         eot = self.config.vocab_size - 1
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
@@ -190,14 +190,14 @@ class GPT(nn.Module):
         """
         config = replace(read_config(name_or_folder), dropout=dropout)
         folder = fetch_gpt2(name_or_folder) if name_or_folder in SIZES else Path(name_or_folder)
-        take = open_openai(folder) if (folder / "hparams.json").exists() else open_huggingface(folder)
-        with torch.device(
-            "meta"
-        ):  # shapes only: no memory and no random numbers for weights about to be replaced
+        with torch.device("meta"):  # shapes only: no memory and no random numbers for what is about to come
             model = cls(config)
-        weights = {name: take(name, tuple(p.shape)) for name, p in model.named_parameters()}
-        take(None, None)
-        model.load_state_dict(weights, assign=True)
+        if (folder / "hparams.json").exists():
+            ours = {openai_name(name): name for name, _ in model.named_parameters()}
+            arrays = {ours.get(name, name): a for name, a in read_openai_checkpoint(folder).items()}
+            fill(model, {n: a[0] if is_linear(n) and a.ndim == 3 else a for n, a in arrays.items()}, folder)
+        else:
+            fill(model, read_huggingface_weights(folder), folder)
         return model
 
     def save_pretrained(self, folder):
@@ -365,39 +365,24 @@ def openai_name(name):
     return "/".join(path + ["b" if last == "bias" else "g" if path[-1].startswith("ln_") else "w"])
 
 
-def open_openai(folder):
-    arrays = read_openai_checkpoint(folder)
-    arrays = {k: a[0] if k.endswith("/w") and a.ndim == 3 and len(a) == 1 else a for k, a in arrays.items()}
-    return taker(arrays, folder / INDEX, openai_name)
-
-
-def taker(arrays, source, rename=lambda name: name):
-    """take(name, shape) -> tensor; take(None, None) at the end checks that nothing is left over.
+def fill(model, arrays, source):
+    """Give a model without memory (on "meta") its weights; every tensor must be there and none left over.
 
     Both formats store the weight of a linear layer as (in, out); nn.Linear wants (out, in).
     """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = {name: shape[::-1] if is_linear(name) else shape for name, shape in shapes.items()}
+    for name in sorted(wanted.keys() | arrays.keys()):
+        found = tuple(arrays[name].shape) if name in arrays else "missing"
+        if found != wanted.get(name):
+            need = wanted.get(name, "no such tensor")
+            raise UserError(f"{source}: tensor {name}: {found}, where the model has {need}")
 
-    def take(name, shape):
-        if name is None:
-            if arrays:
-                raise UserError(
-                    f"{source}: {len(arrays)} tensors belong to no parameter, {min(arrays)} among them"
-                )
-            return None
-        if rename(name) not in arrays:
-            raise UserError(f"{source}: no tensor {rename(name)}")
-        array = arrays.pop(rename(name))
-        linear = is_linear(name)
-        if tuple(array.shape) != (shape[::-1] if linear else shape):
-            raise UserError(
-                f"{source}: {rename(name)} has shape {tuple(array.shape)}, the model needs {shape}"
-            )
-        tensor = torch.from_numpy(
-            np.array(array, np.float32)
-        )  # a copy: the file may be unaligned, or go away
-        return tensor.t().contiguous() if linear else tensor
+    def copy(name, array):  # a copy, because the file may be unaligned, or go away
+        tensor = torch.from_numpy(np.array(array, np.float32))
+        return tensor.t().contiguous() if is_linear(name) else tensor
 
-    return take
+    model.load_state_dict({name: copy(name, arrays[name]) for name in wanted}, assign=True)
 
 
 def is_linear(name):
@@ -411,6 +396,11 @@ SHAPE_FILES = {
     "hparams.json": ("n_vocab", "n_ctx", "n_head", "n_embd", "n_layer"),
     "config.json": ("vocab_size", "n_positions", "n_head", "n_embd", "n_layer"),
 }
+
+
+# What a config.json may say of the architecture without being another one than ours.
+FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+FIXED |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
 
 
 def read_config(name_or_folder):
@@ -430,6 +420,9 @@ def read_config(name_or_folder):
         if type(n_layer) is not int or not 0 < n_layer < 1000:
             raise ValueError(f"n_layer must be a positive whole number, not {n_layer!r}")
         generation = h.get("generation", (0,) * n_layer)
+        for key, value in FIXED.items():
+            if h.get(key, value) != value:
+                raise ValueError(f"{key} is {h[key]!r}, and {value!r} in this GPT-2")
         if len(generation) != n_layer:
             raise ValueError(f"generation has {len(generation)} entries for {n_layer} layers")
         return GPTConfig(vocab_size, block_size, n_head, n_embd, generation)
@@ -446,7 +439,7 @@ DTYPES = {"F32": "<f4", "F16": "<f2"}
 
 
 def read_safetensors(path):
-    """{name: array}, mapped from the file, and its metadata. Raises UserError on any damage it can see.
+    """{name: array}, mapped from the file. Raises UserError on any damage it can see.
 
     Our own exports carry the sha256 of their tensors, which is checked; other files have no checksum.
     """
@@ -481,15 +474,12 @@ def read_safetensors(path):
     return arrays
 
 
-def open_huggingface(folder):
-    arrays = {}
-    for name, array in read_safetensors(folder / "model.safetensors").items():
-        name = name.removeprefix("transformer.")
-        if (
-            not name.endswith((".attn.bias", ".attn.masked_bias")) and name != "lm_head.weight"
-        ):  # causal masks
-            arrays[name] = array
-    return taker(arrays, folder / "model.safetensors")
+def read_huggingface_weights(folder):
+    """{our name: array}: without the prefix and the causal masks that some files carry."""
+    arrays = read_safetensors(folder / "model.safetensors")
+    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items()}
+    masks = (".attn.bias", ".attn.masked_bias")
+    return {n: a for n, a in arrays.items() if not n.endswith(masks) and n != "lm_head.weight"}
 
 
 def save_huggingface(model, folder):

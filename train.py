@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -81,7 +82,9 @@ class Options:
     # growth
     trigger: str = option("schedule", "what decides to grow", "schedule", "plateau")
     grow_every: int = option(500, "schedule: steps between growths", 1)
-    first_growth: int = option(-1, "first step that may grow (-1: grow_every; 0: originals never train)", -1)
+    first_growth: int = option(
+        -1, "none before this step (-1: grow_every; 0: at once, originals never train)", -1
+    )
     max_growths: int = option(3, "blocks to add at most (0: an ordinary training run)", 0)
     where: str = option("upper", "spread, upper (spread over the upper half), top, bottom, or an index")
     block_init: str = option("copy", "of the block below; both have zero output projections", "copy", "fresh")
@@ -95,7 +98,7 @@ class Options:
     kd_rows: int = option(4, "rows of old or dreamt text beside each micro-step's batch", 1)
     dreams: int = option(2048, "rows sampled once from the pretrained network", 1)
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", 0)
-    ewc_batches: int = option(32, "batches of old text for its Fisher information", 1)
+    ewc_batches: int = option(32, "batches of 8 rows of old text for its Fisher information", 1)
     replay: float = option(0.0, "fraction of each batch's rows drawn from the old domain, below 1", 0)
     # measuring and saving
     eval_every: int = option(100, "steps between evaluations", 1)
@@ -123,7 +126,7 @@ PRESETS = {
     ),
     "best": dict(first_growth=0, grow_every=1, kd_weight=1.0, kd_on="retain"),
 }
-# What may differ when a run is resumed, because it does not change what is computed.
+# What may differ when a run is resumed: it changes at most the rounding of what is computed.
 HARMLESS = {"out", "resume", "device", "dtype", "compile", "profile", "log_every", "save_every", "cache_dir",
             "max_steps"}
 # fmt: on
@@ -187,6 +190,10 @@ def check(o, world=1):
             )
     need(o.kd_temperature > 0, "--kd_temperature must be above 0")
     need(o.dropout < 1 and o.replay < 1, "--dropout and --replay must be below 1")
+    need(o.seed < 2**32, "--seed must be below 2**32")
+    need(o.profile == 0 or o.max_steps >= 15, "--profile traces steps 5 to 15: give more --max_steps")
+    need(o.dropout == 0 or world == 1, "--dropout would differ between processes: use one, or --dropout=0")
+    need(not o.pretrain_steps or 16 % world == 0, "--pretrain_steps needs 1, 2, 4, 8 or 16 processes")
     for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         need(
             o.device != name or backend.is_available(),
@@ -211,10 +218,10 @@ def check(o, world=1):
     )
     top = o.freeze.removeprefix("top")
     known = o.freeze in ("base", "older", "none") or (
-        top.isdigit() and o.freeze == f"top{top}" and 0 < int(top) <= L
+        top.isdecimal() and o.freeze == f"top{top}" and 0 < int(top) <= L
     )
     need(known, f"--freeze={o.freeze} is none of base, older, none, top1 to top{L}")
-    known = o.where in ("spread", "upper", "top", "bottom") or (o.where.isdigit() and int(o.where) <= L)
+    known = o.where in ("spread", "upper", "top", "bottom") or (o.where.isdecimal() and int(o.where) <= L)
     need(known, f"--where={o.where} is none of spread, upper, top, bottom, and no index from 0 to {L}")
 
     if o.max_growths and o.trigger == "schedule":
@@ -389,9 +396,13 @@ def count_flops(objective, x, y):
 
     # Eagerly, and with plain matrix products for attention: the counter does not know every fused kernel.
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
-        learned = count(x[:1])
-        distilled = count(torch.cat([x[:1], x[-1:]])) - learned if len(x) > len(y) else 0
-    return learned * len(y) + distilled * (len(x) - len(y))
+        if len(x) == len(y):
+            return len(y) * count(x[:1])
+        one, two = (
+            count(x[[0, -1]]),
+            count(x[[0, -1, -1]]),
+        )  # one learned row, with one and two distilled ones
+    return len(y) * (2 * one - two) + (len(x) - len(y)) * (two - one)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -504,13 +515,13 @@ def compare_options(o, stored):
 
 
 def start_model(o):
-    """The network as it is before the run, on the CPU."""
-    if o.init != "scratch":
-        return GPT.from_pretrained(o.init, o.dropout)
-    if o.pretrain_steps:
-        return GPT.from_pretrained(pretrain(o), o.dropout)
-    torch.manual_seed(o.seed)
-    return GPT(scratch_config(o))
+    """The network as it is before the run, on the CPU. Whatever its history: here it is the original."""
+    if o.init == "scratch" and not o.pretrain_steps:
+        torch.manual_seed(o.seed)
+        return GPT(scratch_config(o))
+    model = GPT.from_pretrained(pretrain(o) if o.init == "scratch" else o.init, o.dropout)
+    model.config.generation = (0,) * model.config.n_layer
+    return model
 
 
 def pretrain(o):
@@ -520,9 +531,10 @@ def pretrain(o):
         dataset=o.retain, retain="none", block_size=o.block_size, max_steps=o.pretrain_steps, batch_size=16,
         lr=o.pretrain_lr, lr_schedule="cosine", warmup_steps=o.pretrain_steps // 10, weight_decay=0.1,
         max_growths=0, eval_every=250, test_windows=64, log_every=100, save_every=250, resume="auto",
-        device=o.device, dtype="float32",
+        bad_utf8=o.bad_utf8, device=o.device, dtype="float32",
     )  # fmt: skip
-    key = [platform.python_version(), p.max_steps]  # the embedded texts are those of this Python
+    text = data.load(p.dataset, scratch_config(p).vocab_size, p.block_size, p.bad_utf8)["train"]
+    key = [hashlib.sha256(text.tobytes()).hexdigest(), p.max_steps]  # made from another text, it is another
     key += [v for k, v in asdict(p).items() if k not in HARMLESS]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     folder = data.cache_dir() / "pretrained" / f"{Path(o.retain).stem}-{o.n_layer}x{o.n_embd}-{digest}"
@@ -547,7 +559,7 @@ def fingerprint(model):
 
 
 def dream(base, o, device, identity):
-    """Text that the pretrained network samples itself, (dreams * T,) tokens, kept in RUN/dreams.bin."""
+    """Text that the pretrained network samples itself, (dreams * T + 1,) tokens, kept in RUN/dreams.bin."""
     source = f"{identity}, {o.dreams} rows of {o.block_size}, seed {o.seed}"
     path, end = Path(o.out) / "dreams.bin", base.config.vocab_size - 1
     tokenizer = data.tokenizer_name(base.config.vocab_size)
@@ -561,7 +573,8 @@ def dream(base, o, device, identity):
             sampled = base.generate(start, o.block_size - 1, generator=generator)
             sampled = nn.functional.pad(sampled, (0, o.block_size - sampled.size(1)), value=end)
             rows = torch.cat([rows, sampled])
-        data.write_bin(path, rows.flatten().cpu().numpy(), source, tokenizer)
+        stream = nn.functional.pad(rows.flatten(), (0, 1), value=end)  # each window needs a token behind it
+        data.write_bin(path, stream.cpu().numpy(), source, tokenizer)
     if dist.is_initialized():
         dist.barrier()
     return data.read_bin(path, source, tokenizer)
@@ -645,6 +658,8 @@ def train(o):
     if rank == 0:
         prepare_folder(o, size)
     saved = load_checkpoint(out / "ckpt.pt") if o.resume != "no" and (out / "ckpt.pt").exists() else None
+    if not saved and o.resume != "no" and (out / "model").exists():
+        raise UsageError(f"{out} holds a finished run without its ckpt.pt: give another --out")
     if saved:
         compare_options(o, saved["options"])
         if saved["init"] != identity:
@@ -656,10 +671,7 @@ def train(o):
     # ----- what keeps the old: EWC's anchor, dreams, the teacher -----
     ewc = dreams = teacher = None
     if o.ewc_lambda:
-        rows = (
-            data.batch(retain["train"], o.block_size, o.batch_size, i, o.seed)[0]
-            for i in range(o.ewc_batches)
-        )
+        rows = (data.batch(retain["train"], o.block_size, 8, i, o.seed)[0] for i in range(o.ewc_batches))
         ewc = grow.EWC(base, (x.to(device) for x in rows), torch.Generator(device).manual_seed(o.seed))
     if o.kd_weight and o.kd_on == "dream":
         dreams = dream(base, o, device, identity)
@@ -699,7 +711,8 @@ def train(o):
             saved[k] for k in ("step", "flops", "seconds", "train_seconds")
         )
         grow.load_optimizer_state(model, optimizer, saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
         vars(trigger).update(saved["trigger"])
         best = load_checkpoint(out / "best.pt")["loss"] if (out / "best.pt").exists() else math.inf
     log = Log(out / "metrics.jsonl", saved["log_bytes"] if saved else 0, rank == 0)
@@ -711,7 +724,7 @@ def train(o):
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if not saved:
         log.write(
-            "header", command=" ".join(["python train.py", *sys.argv[1:]]), config=asdict(o),
+            "header", command=shlex.join(["python", "train.py", *sys.argv[1:]]), config=asdict(o),
             versions=versions, machine=reasons, processes=world, init_sha256=identity,
             layers=config.n_layer, parameters=size, vocab_size=config.vocab_size, tokens=count,
         )  # fmt: skip
@@ -763,7 +776,7 @@ def train(o):
             f"bitwise equal, validation loss {before['learn']:.4f} -> {after['learn']:.4f}")  # fmt: skip
 
     def save(name, **state):
-        """The first and every process alike end here together; only the first writes."""
+        """Only the first process writes."""
         if rank == 0:
             weights = {"model": model.state_dict(), "model_config": asdict(model.config)}
             save_atomically(out / name, {"step": step, **weights, **state})
@@ -857,17 +870,16 @@ def train(o):
                 best = loss["learn"]
                 save("best.pt", loss=best)
             fires = trigger.fires(step, loss["learn"]) and step >= o.first_growth
-            if may_grow and (fires or step == o.first_growth):
+            if may_grow and (fires or step == o.first_growth == 0):
                 grow_here(loss)
                 optimizer, wrapped, step_flops = rewire(optimizer)
-        stopped_by = agree(stopped_by) if world == 1 or step % o.log_every == 0 else stopped_by
-        stopping = stopped_by and (world == 1 or step % o.log_every == 0)
+        stopping = agree(stopped_by) if world == 1 or step % o.log_every == 0 else 0
         if last or stopping or (step and step % o.save_every == 0 and not resumed):
             report()
             save_all()
         if stopping:
             say(f"stopped at step {step}, saved in {out}: continue with the same command and --resume=auto")
-            sys.exit(128 + stopped_by)
+            sys.exit(128 + stopping)
         if last:
             break
         if o.profile and step == profile_from:
@@ -879,13 +891,18 @@ def train(o):
             report()
         step, flops, resumed = step + 1, flops + step_flops, False
         if profiler and step == profile_from + 10:
-            write_profile(profiler, out, device)
+            profiler.stop()
+            if rank == 0:
+                write_profile(profiler, out, device)
             profiler = None
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
     # ----- the end: base against grown on the test splits, export, tables -----
-    base = grow.original(model) if never else teacher or start_model(o).to(device)
+    base = grow.original(model) if never else teacher or start_model(o)
+    if not (never or teacher) and fingerprint(base) != identity:
+        raise UserError(f"{o.init} has other weights than when the run started: restore them and --resume")
+    base.to(device)
     with autocast():
         args = o.block_size, o.batch_size, o.test_windows
         learned = ev.compare(base, model, learn["test"], *args)
@@ -934,11 +951,21 @@ def export(model, run, folder):
 
 
 def write_profile(profiler, out, device):
-    profiler.stop()
     profiler.export_chrome_trace(str(out / "trace.json"))
     sort_by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=5))
     print(f"ten steps traced: open {out}/trace.json in chrome://tracing or ui.perfetto.dev")
+
+
+def smaller_batch(o, world):
+    """The same global batch in more, smaller micro-steps."""
+    sizes = ["batch_size", "kd_rows"] if o.kd_weight and o.kd_on != "train" else ["batch_size"]
+    for k in range(2, o.batch_size + 1):
+        if all(getattr(o, name) % (k * world) == 0 for name in sizes):
+            fewer = " ".join(f"--{name}={getattr(o, name) // k}" for name in sizes)
+            accum = f"--grad_accum={o.grad_accum * k}"
+            return f"{fewer} {accum} is the same global batch; add --resume=auto --out={o.out}"
+    return "use a smaller --block_size, or fewer --kd_rows, in a new run"
 
 
 def main(argv):
@@ -954,9 +981,7 @@ def main(argv):
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
             raise
-        half = f"--batch_size={o.batch_size // 2} --grad_accum={2 * o.grad_accum}, the same global batch"
-        advice = half if o.batch_size > 1 else "a smaller --block_size"
-        raise UserError(f"out of memory: use {advice}, and --resume=auto to go on with what is saved") from e
+        raise UserError(f"out of memory: {smaller_batch(o, world)}") from e
     finally:
         if world > 1:
             dist.destroy_process_group()

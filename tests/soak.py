@@ -30,7 +30,8 @@ def main():
     variants = {
         "schedule, frozen base, distillation": dict(first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2),
         "plateau, nothing frozen, EWC, replay": dict(
-            trigger="plateau", patience=2, min_delta=0.5, freeze="none", ewc_lambda=10.0, ewc_batches=2, replay=0.5
+            trigger="plateau", patience=2, min_delta=0.5, freeze="none", ewc_lambda=10.0, ewc_batches=2,
+            replay=0.5,
         ),
     }  # fmt: skip
     survived = 0

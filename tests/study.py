@@ -88,10 +88,9 @@ def table(out, seeds, target):
             spread([ev.forgetting(x) for x in r]),
             spread([x["retain"]["kl"] for x in r]),
             spread([None if a is None else a - start for a in at]), f"{r[0]['trainable'] / 1e6:.2f}M",
-            f"{statistics.mean(x['flops'] for x in r) / 1e12:.2f}",
         ])  # fmt: skip
     head = ["arm", "options", "runs", "learn, test loss", "forgetting", "KL",
-            f"forgetting at learn = {target}", "trainable", "TFLOP"]  # fmt: skip
+            f"forgetting at learn = {target}", "trainable"]  # fmt: skip
     return ev.markdown(head, rows)
 
 

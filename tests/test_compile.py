@@ -32,15 +32,14 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def own_dynamo(monkeypatch):
+def own_dynamo():
     """Each test starts without compiled graphs and leaves torch's settings as they were."""
-    for name in ("recompile_limit", "fail_on_recompile_limit_hit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
     torch._dynamo.reset()
     counters.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a tiny network is faster on one
-    yield
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()
 

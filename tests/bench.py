@@ -1,0 +1,580 @@
+"""The benchmark: this repository beside transformers, in one process, taking turns.
+
+    python tests/bench.py                              every row that this machine can measure
+    python tests/bench.py --rows=1,2 --out=out/bench   some of them
+    python tests/bench.py --quick                      does the program work? small networks, few rounds
+
+Ours are train.py's own parts, called as train.py calls them; theirs is GPT2LMHeadModel grown and frozen the
+same way, in the plain loop its users write. Weights are random and of GPT-2 124M's shape; where both are timed
+they hold the same numbers, and their logits are compared first. Variants take turns, so that whatever else
+the machine does meets all of them; a figure is the median over rounds. The first step, which compiles, is
+told apart; the compiler's cache starts empty. OUT gets bench.md and bench.json.
+"""
+
+import argparse
+import contextlib
+import copy
+import datetime
+import functools
+import gc
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bench-inductor-")
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from openai_format import write_openai_checkpoint  # noqa: E402
+
+import eval as ev  # noqa: E402
+import grow  # noqa: E402
+import train  # noqa: E402
+from model import GPT, GPTConfig, cross_entropy, is_linear  # noqa: E402
+
+GROWTHS = 3
+ARGS = DEVICE = None  # set by main
+SHAPE = GPTConfig()  # GPT-2 124M
+NOTES = []  # what could not be measured, and why
+
+# ------------------------------------------------------------------------------------------------------------
+# Taking turns
+
+
+def sync():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(step, repeat=1):
+    sync()
+    began = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    sync()
+    return (time.perf_counter() - began) / repeat
+
+
+def take_turns(builders, rounds=None, check=None):
+    """{name: function that returns a step} -> {name: {"ms", "spread_ms", "first_s", "peak_gb"}}.
+
+    The peak is what a variant adds on the GPU to what was allocated before it was built: weights, optimizer
+    and activations. On the CPU no such counter exists, so it is left out.
+    """
+    cuda, steps, results, times = DEVICE.type == "cuda", {}, {}, {}
+    gc.collect()
+    for name, build in builders.items():
+        before = torch.cuda.memory_allocated() if cuda else 0
+        try:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            step = build()
+            first = seconds(step)
+            seconds(step, 3 if cuda else 1)
+        except Exception as e:  # one variant that cannot run must not cost the others their figures
+            NOTES.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}")
+            print(f"  {NOTES[-1]}", file=sys.stderr)
+            continue
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+        steps[name], times[name], results[name] = step, [], {"first_s": first, "peak_gb": peak}
+        print(f"  {name}: first step {first:.1f} s", file=sys.stderr, flush=True)
+    for _ in range(rounds or ARGS.rounds):
+        for name, step in steps.items():
+            times[name].append(1000 * seconds(step, 10 if cuda else 1))
+    for name, ms in times.items():
+        results[name] |= {"ms": statistics.median(ms), "spread_ms": max(ms) - min(ms)}
+    return results
+
+
+def show(value, form=".1f"):
+    return "-" if value is None else format(value, form)
+
+
+def table(results, baseline, *columns):
+    """Markdown of take_turns' results: `columns` are more (head, {name: text}); times is ms over baseline."""
+    base = results.get(baseline, {}).get("ms")
+    rows = [
+        [name, show(r["ms"]), show(r["spread_ms"]), show(base and base / r["ms"], ".2f"), show(r["first_s"])]
+        + [show(r["peak_gb"], ".2f")] + [texts.get(name, "-") for _, texts in columns]
+        for name, r in results.items()
+    ]  # fmt: skip
+    head = ["variant", "ms a step", "max - min", f"times {baseline}", "first step, s", "peak, GB"]
+    return ev.markdown([*head, *(head for head, _ in columns)], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ours and theirs
+
+
+def options(dtype, **more):
+    return train.Options(**{**dict(device=DEVICE.type, dtype=dtype, block_size=ARGS.block_size), **more})
+
+
+def autocast(o):
+    dtype = getattr(torch, o.dtype)
+    return torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+
+
+def random_batches(o):
+    """The next step's micro-batches, as train.py makes them, of random text."""
+    tokens = np.random.default_rng(0).integers(0, SHAPE.vocab_size, 2_000_000).astype(np.uint16)
+    learn, counter = {"train": tokens}, itertools.count()
+    return lambda: train.micro_batches(o, learn, None, None, next(counter), DEVICE)
+
+
+@functools.cache
+def base():
+    torch.manual_seed(0)
+    return GPT(SHAPE)
+
+
+def placements(layers):
+    """Where train.py's default puts the blocks that make the base `layers` deep."""
+    generation = list(SHAPE.generation)
+    while len(generation) < layers:
+        at = grow.placement("upper", generation, GROWTHS)
+        generation.insert(at, max(generation) + 1)
+        yield at
+
+
+def grown(layers):
+    model = copy.deepcopy(base()).to(DEVICE)
+    for at in placements(layers):
+        grow.insert_block(model, at)
+    if layers > SHAPE.n_layer:
+        grow.freeze(model, "base")
+    return model
+
+
+def our_loop(o, model, objective):
+    """One step of train.py's loop."""
+    optimizer, batches = train.make_optimizer(model, o, DEVICE), random_batches(o)
+
+    def step():
+        losses = torch.zeros(2, device=DEVICE)
+        for x, y in batches():
+            with autocast(o):
+                nll, kd = objective(x, y)
+            losses += torch.stack([nll, kd]).detach() / o.grad_accum
+            ((nll + o.kd_weight * kd) / o.grad_accum).backward()
+        torch.nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def ours(o, layers, compiled=False, distil=None):
+    model = grown(layers)
+    shared = distil == "shared"
+    separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False) if distil == "separate" else None
+    objective = train.Objective(model, grow.original(model) if shared else separate, shared, 2.0)
+    if compiled:
+        train.compile_parts(objective)
+    return our_loop(o, model, objective)
+
+
+def their_model(layers):
+    """GPT2LMHeadModel with our base's weights, grown by copies of blocks with zeroed output projections."""
+    config = transformers.GPT2Config(
+        vocab_size=SHAPE.vocab_size, n_positions=SHAPE.block_size, n_embd=SHAPE.n_embd, n_head=SHAPE.n_head,
+        n_layer=SHAPE.n_layer, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        bos_token_id=SHAPE.vocab_size - 1, eos_token_id=SHAPE.vocab_size - 1,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    weights = {f"transformer.{k}": p.t() if is_linear(k) else p for k, p in base().named_parameters()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)  # tied to wte
+    blocks, inserted = model.transformer.h, []
+    for at in placements(layers):
+        block = copy.deepcopy(blocks[at - 1])
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            torch.nn.init.zeros_(projection.weight)
+            torch.nn.init.zeros_(projection.bias)
+        blocks.insert(at, block)
+        inserted.append(block)
+    for i, block in enumerate(blocks):
+        block.attn.layer_idx = i
+    model.config.n_layer = len(blocks)
+    if inserted:
+        model.requires_grad_(False)
+        for block in inserted:
+            block.requires_grad_(True)
+    return model.to(DEVICE).train()
+
+
+def theirs(o, layers, compiled=False):
+    """The plain loop of a user of transformers."""
+    model = their_model(layers)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer, batches = torch.optim.AdamW(params, lr=o.lr, weight_decay=o.weight_decay), random_batches(o)
+    forward = torch.compile(model) if compiled else model
+
+    def step():
+        for x, _ in batches():
+            with autocast(o):
+                loss = forward(input_ids=x, labels=x).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, o.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def row_1(dtypes):
+    """The card's training step, 8 x 128 tokens"""
+    model, other = grown(SHAPE.n_layer + 1), their_model(SHAPE.n_layer + 1)
+    x = torch.arange(64, device=DEVICE)[None]
+    with torch.no_grad():
+        difference = (model(x)[0] - other(x).logits).abs().max().item()
+    assert difference < 1e-2, f"ours and theirs do not compute the same: {difference}"
+    del model, other
+    text, results = f"largest difference of their logits: {difference:.1e}", {}
+    for dtype, layers in itertools.product(dtypes, range(SHAPE.n_layer, SHAPE.n_layer + GROWTHS + 1)):
+        o, name = options(dtype), f"{dtype}, {layers} layers"
+        torch._dynamo.reset()
+        kinds = {"transformers": theirs, "ours": ours}
+        results[name] = take_turns({
+            f"{kind}{', compiled' if compiled else ''}": functools.partial(step, o, layers, compiled)
+            for compiled in compilations() for kind, step in kinds.items()
+        })  # fmt: skip
+        trains = "all train" if layers == SHAPE.n_layer else "base frozen"
+        text += f"\n\n{name}, {trains}\n\n" + table(results[name], "transformers")
+        print(f"\n{name}\n{table(results[name], 'transformers')}", flush=True)
+    return text, results
+
+
+def row_1b(dtypes):
+    """Final norm, head and loss: 50,257 rows of the matrix against 50,304, forward and backward"""
+    V, padded = SHAPE.vocab_size, -(-SHAPE.vocab_size // 64) * 64
+    text, results = "", {}
+
+    def head(o, rows, trains, T, compiled):
+        norm, tokens = torch.nn.LayerNorm(SHAPE.n_embd).to(DEVICE), ARGS.batch_size * T
+        weight = torch.nn.Parameter(torch.randn(rows, SHAPE.n_embd, device=DEVICE) * 0.02, trains)
+        norm.requires_grad_(trains)
+        x = torch.randn(1, tokens, SHAPE.n_embd, device=DEVICE, requires_grad=True)
+        y = torch.randint(V, (1, tokens), device=DEVICE)
+
+        def loss(x):  # the padded ids are cut off: none can be predicted or sampled
+            return cross_entropy(F.linear(norm(x), weight)[..., :V], y).mean()
+
+        loss = torch.compile(loss, dynamic=False) if compiled else loss
+
+        def step():
+            with autocast(o):
+                value = loss(x)
+            value.backward()
+            x.grad = weight.grad = norm.weight.grad = norm.bias.grad = None
+
+        return step
+
+    lengths = [ARGS.block_size] + ([1024] if DEVICE.type == "cuda" else [])
+    for dtype, T, trains in itertools.product(dtypes, lengths, (False, True)):
+        name = f"{dtype}, {ARGS.batch_size} x {T} tokens, matrix {'trained' if trains else 'frozen'}"
+        results[name] = take_turns({
+            f"{rows}{', compiled' if compiled else ''}":
+                functools.partial(head, options(dtype), rows, trains, T, compiled)
+            for compiled in compilations() for rows in (V, padded)
+        }, 3 * ARGS.rounds)  # fmt: skip
+        text += f"\n\n{name}\n\n" + table(results[name], str(V))
+    return text.strip(), results
+
+
+def row_1c(dtypes):
+    """Frozen matrices kept in bfloat16 against float32 that autocast casts in every step"""
+    if "bfloat16" not in dtypes:
+        return "no native bfloat16 here", {}
+    o = options("bfloat16")
+
+    def build(kept, compiled):
+        model = grown(SHAPE.n_layer + GROWTHS)
+        if kept:
+            for block, generation in zip(model.h, model.config.generation):
+                for m in block.modules() if generation == 0 else ():
+                    if isinstance(m, torch.nn.Linear):
+                        m.bfloat16()
+            matrix = model.wte.weight.bfloat16()  # for the head: the embedding stays as it is
+            model.head = lambda x: F.linear(model.ln_f(x), matrix)
+        objective = train.Objective(model, None, False, 2.0)
+        if compiled:
+            train.compile_parts(objective)
+        return our_loop(o, model, objective)
+
+    torch._dynamo.reset()
+    results = take_turns({
+        f"{'bfloat16' if kept else 'float32'}{', compiled' if compiled else ''}":
+            functools.partial(build, kept, compiled)
+        for compiled in compilations() for kept in (False, True)
+    })  # fmt: skip
+    return table(results, "float32"), results
+
+
+def row_2(dtypes):
+    """The pause of a growth: what comes between two steps, and the first step after it, in median steps"""
+    if not ARGS.can_compile:
+        return "compiling is impossible here", {}
+    o, rows, results = options(dtypes[-1]), [], {}
+    for how in ("per block", "whole model"):
+        torch._dynamo.reset()
+        model = copy.deepcopy(base()).to(DEVICE)
+        objective = train.Objective(model, None, False, 2.0)
+        if how == "per block":
+            train.compile_parts(objective)
+        else:
+            objective.compile(dynamic=False)
+        step, optimizer = our_loop(o, model, objective), None
+        results[how] = []
+        for event in range(GROWTHS + 1):
+            began = time.perf_counter()
+            if event:  # as in train.py's grow_here and rewire; evaluations left out
+                at = grow.placement("upper", model.config.generation, GROWTHS)
+                block = grow.insert_block(model, at)
+                if how == "per block":
+                    block.compile(dynamic=False)
+                grow.freeze(model, "base")
+                optimizer = train.make_optimizer(model, o, DEVICE, optimizer)
+                step = our_loop(o, model, objective)
+            sync()
+            between, first = time.perf_counter() - began, seconds(step)
+            seconds(step)
+            median = statistics.median(seconds(step) for _ in range(ARGS.rounds))
+            results[how].append({"between_s": between, "first_s": first, "median_s": median})
+            rows.append([f"{how}, {f'growth {event}' if event else 'start'}", model.config.n_layer]
+                        + [f"{1000 * between:.0f}", f"{first:.2f}", f"{1000 * median:.1f}"]
+                        + [f"{first / median:.1f}"])  # fmt: skip
+            print(f"  {rows[-1]}", file=sys.stderr, flush=True)
+    head = ["event", "layers", "growing, ms", "first step, s", "median step, ms", "first / median"]
+    return f"{o.dtype}\n\n" + ev.markdown(head, rows), results
+
+
+def row_3(dtypes):
+    """Distillation on the training batch, 15 layers: no teacher, one that shares the lower blocks, a second one"""
+    o, layers = options(dtypes[-1], kd_weight=1.0), SHAPE.n_layer + GROWTHS
+    text, results = o.dtype, {}
+    for compiled in compilations():
+        torch._dynamo.reset()
+        how = "compiled" if compiled else "eager"
+        names = {"none": None, "shared": "shared", "separate": "separate"}
+        results[how] = take_turns(
+            {k: functools.partial(ours, o, layers, compiled, v) for k, v in names.items()}
+        )
+        none = results[how].get("none", {}).get("ms")
+        cost = {k: show(none and r["ms"] / none, ".2f") for k, r in results[how].items()}
+        text += f"\n\n{how}\n\n" + table(results[how], "separate", ("cost over none", cost))
+    return text, results
+
+
+def row_4(dtypes):
+    """Full training at T = 1024, largest batch that fits: tokens a second, and share of the GPU's peak (MFU)"""
+    if DEVICE.type != "cuda":
+        return "CUDA only", {}
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    seconds(lambda: a @ b, 10)
+    peak = 2 * 8192**3 / statistics.median(seconds(lambda: a @ b, 20) for _ in range(10))
+    del a, b
+    N, L, C, T = sum(p.numel() for p in base().parameters()), SHAPE.n_layer, SHAPE.n_embd, SHAPE.block_size
+    flops = 6 * (N - T * C) + 12 * L * C * T  # of a token (PaLM, appendix B); positions multiply nothing
+    text = f"bfloat16; peak {peak / 1e12:.0f} TFLOP/s, measured with a product of 8192 x 8192 matrices"
+    kinds, rows, results = {"transformers": theirs, "ours": ours}, [], {}
+    for compiled, kind in itertools.product(compilations(), kinds):
+        name = f"{kind}{', compiled' if compiled else ''}"
+        for batch in (128, 64, 32, 16, 8, 4):  # alone on the GPU, so that each gets its own largest
+            torch._dynamo.reset(), gc.collect(), torch.cuda.empty_cache()
+            o = options("bfloat16", block_size=T, batch_size=batch, lr=6e-4)
+            r = take_turns({name: functools.partial(kinds[kind], o, L, compiled)}, 5).get(name)
+            if r:
+                break
+        if r:
+            speed = batch * T / r["ms"] * 1000
+            results[name] = {**r, "batch": batch, "tokens_per_s": speed, "mfu": speed * flops / peak}
+            rows.append([name, batch, f"{r['ms']:.1f}", f"{speed:,.0f}", f"{speed * flops / peak:.1%}"]
+                        + [f"{r['peak_gb']:.1f}", f"{r['first_s']:.1f}"])  # fmt: skip
+    head = ["variant", "batch", "ms a step", "tokens/s", "MFU", "peak, GB", "first step, s"]
+    published = (
+        "Published, a GPU: nanoGPT A100 107k tokens/s; build-nanogpt A100 182k; llm.c A100 231k, H100 468k"
+    )
+    return f"{text}\n\n{ev.markdown(head, rows)}\n\n{published}", {"peak": peak, **results}
+
+
+LOAD = """
+import json, sys, time
+def memory(key):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 2**20
+import torch
+who, folder, device = sys.argv[1:]
+if who == "ours":
+    from model import GPT
+    load = GPT.from_pretrained
+else:
+    from transformers import GPT2LMHeadModel
+    load = lambda folder: GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+torch.zeros(1, device=device)
+linux = sys.platform == "linux"
+before, began = memory("VmRSS") if linux else None, time.perf_counter()
+model = load(folder).to(device)
+if device == "cuda": torch.cuda.synchronize()
+took = time.perf_counter() - began
+print(json.dumps([took, memory("VmHWM") - before if linux else None, sum(p.numel() for p in model.parameters())]))
+"""
+
+
+def row_5(dtypes):
+    """From a folder to a model on the device, a new process each time, files in the page cache"""
+    rows, results = [], {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        write_openai_checkpoint(f"{folder}/openai", base())
+        their_model(SHAPE.n_layer).cpu().save_pretrained(f"{folder}/huggingface")
+        cases = [("ours", "openai"), ("ours", "huggingface"), ("transformers", "huggingface")]
+        runs = {case: [] for case in cases}
+        for _, (who, what) in itertools.product(range(ARGS.rounds), cases):
+            command = [sys.executable, "-c", LOAD, who, f"{folder}/{what}", DEVICE.type]
+            run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+            runs[who, what].append(json.loads(run.stdout.splitlines()[-1]))
+    assert len({n for measured in runs.values() for *_, n in measured}) == 1, "not the same model"
+    for (who, what), measured in runs.items():
+        took = [s for s, *_ in measured]
+        peaks = [p for _, p, _ in measured if p is not None]
+        r = {"seconds": statistics.median(took), "spread_s": max(took) - min(took)}
+        results[f"{who}, {what} folder"] = r | {"peak_gb": statistics.median(peaks) if peaks else None}
+        rows.append([f"{who}, {what} folder", f"{r['seconds']:.3f}", f"{r['spread_s']:.3f}"]
+                    + [show(statistics.median(peaks) if peaks else None, ".2f")])  # fmt: skip
+    return ev.markdown(["loader and format", "seconds", "max - min", "peak memory added, GB"], rows), results
+
+
+def row_6(dtypes):
+    """The whole card run, stand-in weights and text of WikiText-2's size: python train.py --init=... --dataset=..."""
+    if DEVICE.type != "cuda" and not ARGS.quick:
+        return "CUDA only; on a CPU it takes hours: python tests/bench.py --rows=6 --device=cuda", {}
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(20_000)]
+    lines = 700 if ARGS.quick else 120_000
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        text = "\n".join(" ".join(rng.choices(words, k=17)) for _ in range(lines))
+        Path(f"{folder}/text.txt").write_text(text)
+        small = [
+            "--max_steps=12",
+            "--grow_every=3",
+            "--eval_every=6",
+            "--test_windows=8",
+            f"--block_size={ARGS.block_size}",
+        ]
+        standin = GPT(GPTConfig(257, 64, 2, 32, (0,) * 2)) if ARGS.quick else base()
+        write_openai_checkpoint(f"{folder}/openai", standin)
+        command = [f"--init={folder}/openai", f"--dataset={folder}/text.txt", "--retain=none"]
+        command += [f"--out={folder}/run", f"--device={DEVICE.type}", *(small if ARGS.quick else [])]
+        env = {
+            **os.environ,
+            "GROWING_GPT_CACHE": f"{folder}/cache",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        }
+        shared = (
+            ROOT.parent / "shared/data/tiktoken"
+        )  # the tokenizer's two files, on machines without a network
+        if shared.exists():
+            env.setdefault("TIKTOKEN_CACHE_DIR", str(shared))
+        began = time.perf_counter()
+        run = subprocess.run(
+            [sys.executable, "train.py", *command], capture_output=True, text=True, cwd=ROOT, env=env
+        )
+        wall = time.perf_counter() - began
+        if run.returncode:
+            return f"failed: {run.stderr.strip().splitlines()[-1]}", {}
+        log = ev.read_run(f"{folder}/run")
+    result = {
+        "wall_s": wall,
+        **{k: log["result"][k] for k in ("seconds", "train_seconds", "layers", "tokens")},
+    }
+    after = [e["step"] for e in log["event"]]
+    rows = [["whole program", f"{wall:.1f}"], ["of it train()", f"{result['seconds']:.1f}"],
+            ["of it training steps", f"{result['train_seconds']:.1f}"]]  # fmt: skip
+    sizes = f"{log['header']['layers']} -> {result['layers']} layers, {result['tokens']:,} tokens, growths at {after}"
+    return f"{sizes}; {', '.join(log['header']['machine'])}\n\n" + ev.markdown(
+        ["part", "seconds"], rows
+    ), result
+
+
+ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "2": row_2, "3": row_3, "4": row_4, "5": row_5, "6": row_6}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def compilations():
+    return (False, True) if ARGS.can_compile else (False,)
+
+
+def machine():
+    names = [platform.processor() or platform.machine()]
+    with contextlib.suppress(OSError):
+        names = [l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")][
+            :1
+        ] or names
+    cpu = f"{names[0]}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}; {cpu}" if DEVICE.type == "cuda" else cpu
+
+
+def main():
+    global ARGS, DEVICE, SHAPE
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
+    p.add_argument("--quick", action="store_true", help="small networks, two rounds")
+    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    p.add_argument("--dtypes", default="", help="empty: float32 and what is native on a CPU, else bfloat16")
+    p.add_argument("--rounds", type=int, default=0, help="0: 5 on a CPU, 10 on CUDA")
+    p.add_argument("--out", default="out/bench", help="folder for bench.md and bench.json")
+    ARGS = p.parse_args()
+    unknown = set(ARGS.rows.split(",")) - set(ROWS)
+    if unknown:
+        p.error(f"no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
+    DEVICE, dtype, _, _ = train.choose_machine(train.Options(device=ARGS.device, compile="0"))
+    *_, ARGS.can_compile, reasons = train.choose_machine(train.Options(device=ARGS.device, compile="1"))
+    ARGS.rounds = ARGS.rounds or (2 if ARGS.quick else 10 if DEVICE.type == "cuda" else 5)
+    ARGS.batch_size, ARGS.block_size = 8, 128
+    if ARGS.quick:
+        SHAPE, ARGS.block_size = GPTConfig(1001, 64, 4, 64, (0,) * 4), 32
+    both = ["float32", "bfloat16"] if dtype == torch.bfloat16 else ["float32"]
+    dtypes = ARGS.dtypes.split(",") if ARGS.dtypes else both[-1:] if DEVICE.type == "cuda" else both
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"transformers": transformers.__version__}
+    report = {"date": f"{datetime.date.today()}", "machine": machine(), "versions": versions, "quick": ARGS.quick,
+              "choices": reasons, "rounds": ARGS.rounds, "notes": NOTES, "rows": {}}  # fmt: skip
+    said = ", ".join(f"{k} {v}" for k, v in versions.items())
+    parts = [f"{report['date']}; {report['machine']}; {said}; medians of {ARGS.rounds} rounds"]
+    parts += ["--quick: these figures say only that the program works"] if ARGS.quick else []
+    print(parts[0], flush=True)
+    out = Path(ARGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ARGS.rows.split(","):
+        print(f"row {name}", file=sys.stderr, flush=True)
+        began = time.perf_counter()
+        text, results = ROWS[name](dtypes)
+        parts.append(f"### Row {name}: {ROWS[name].__doc__}\n\n{text}")
+        print(f"\n{parts[-1]}\n({time.perf_counter() - began:.0f} s for this row)", flush=True)
+        report["rows"][name] = {"seconds": time.perf_counter() - began, "results": results}
+        notes = [f"Not measured: {note}" for note in NOTES]
+        (out / "bench.md").write_text("\n\n".join([*parts, *notes]) + "\n")  # after each row: none is lost
+        (out / "bench.json").write_text(json.dumps(report, indent=1))
+    print(f"\n{out}/bench.md, {out}/bench.json")
+
+
+if __name__ == "__main__":
+    main()
