@@ -389,7 +389,7 @@ from transformers import GPT2LMHeadModel
 model = GPT2LMHeadModel.from_pretrained("{folder}")  # byte-level: a token is a byte, no tokenizer files
 prompt = torch.tensor([list(b"def main():")])
 mask = torch.ones_like(prompt)
-output = model.generate(prompt, attention_mask=mask, max_new_tokens=40, do_sample=True, top_k=50)
+output = model.generate(prompt, attention_mask=mask, max_new_tokens={new}, do_sample=True, top_k=50)
 print(bytes(i for i in output[0].tolist() if i < 256).decode(errors="replace"))"""
 
 
@@ -397,7 +397,7 @@ def model_card(run):
     """The README.md that stands beside a run's export, filled with this run's numbers only."""
     r, header, c = finished(run), run["header"], run["header"]["config"]
     usage = USAGE_BYTES if header["vocab_size"] == data.BYTES else USAGE_BPE
-    old = r["retain"]
+    old, new = r["retain"], max(1, min(40, c["block_size"] - 11))  # tokens that fit behind the prompt
     if old["base"] is None:
         retention = (
             "No old domain was measured in this run (`--retain=none`), so it says nothing about forgetting."
@@ -451,7 +451,7 @@ growth the logits on a training batch were compared before and after, and were b
 
 ## Usage
 ```python
-{usage.format(folder=run["folder"] + "/model")}
+{usage.format(folder=run["folder"] + "/model", new=new)}
 ```
 
 ## Limitations

@@ -124,7 +124,7 @@ PRESETS = {
         dataset="code", batch_size=16, max_steps=400, grow_every=130, max_growths=2, lr=1e-3, eval_every=50,
         log_every=25, eval_windows=100, test_windows=400, save_every=100, dtype="float32",
     ),
-    "best": dict(first_growth=0, grow_every=1, kd_weight=1.0, kd_on="retain"),
+    "best": dict(freeze="none", replay=0.2),
 }
 # What may differ when a run is resumed: it changes at most the rounding of what is computed.
 HARMLESS = {"out", "resume", "device", "dtype", "compile", "profile", "log_every", "save_every", "cache_dir",

@@ -5,10 +5,10 @@
     python tests/bench.py --quick                      does the program work? small networks, few rounds
 
 Ours are train.py's own parts, called as train.py calls them; theirs is GPT2LMHeadModel grown and frozen the
-same way, in the plain loop its users write. Weights are random and of GPT-2 124M's shape; where both are timed
+same way, in the plain loop its users write. Weights are random, of GPT-2 124M's shape; where both are timed
 they hold the same numbers, and their logits are compared first. Variants take turns, so that whatever else
 the machine does meets all of them; a figure is the median over rounds. The first step, which compiles, is
-told apart; the compiler's cache starts empty. OUT gets bench.md and bench.json.
+told apart; the compiler's cache starts empty and is kept from row to row. OUT gets bench.md and bench.json.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def seconds(step, repeat=1):
     return (time.perf_counter() - began) / repeat
 
 
-def take_turns(builders, rounds=None, check=None):
+def take_turns(builders, rounds=None):
     """{name: function that returns a step} -> {name: {"ms", "spread_ms", "first_s", "peak_gb"}}.
 
     The peak is what a variant adds on the GPU to what was allocated before it was built: weights, optimizer
@@ -96,6 +96,15 @@ def take_turns(builders, rounds=None, check=None):
     for name, ms in times.items():
         results[name] |= {"ms": statistics.median(ms), "spread_ms": max(ms) - min(ms)}
     return results
+
+
+def variants(kinds):
+    """Each kind eagerly and, where that is possible, compiled: {name: function that returns a step}."""
+    return {
+        kind + ", compiled" * compiled: functools.partial(build, compiled=compiled)
+        for compiled in ((False, True) if ARGS.can_compile else (False,))
+        for kind, build in kinds.items()
+    }
 
 
 def show(value, form=".1f"):
@@ -127,11 +136,15 @@ def autocast(o):
     return torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
 
 
+@functools.cache
+def random_tokens():
+    return np.random.default_rng(0).integers(0, SHAPE.vocab_size, 2_000_000).astype(np.uint16)
+
+
 def random_batches(o):
-    """The next step's micro-batches, as train.py makes them, of random text."""
-    tokens = np.random.default_rng(0).integers(0, SHAPE.vocab_size, 2_000_000).astype(np.uint16)
-    learn, counter = {"train": tokens}, itertools.count()
-    return lambda: train.micro_batches(o, learn, None, None, next(counter), DEVICE)
+    """A function that returns the next step's micro-batches, made as train.py makes them."""
+    counter = itertools.count()
+    return lambda: train.micro_batches(o, {"train": random_tokens()}, None, None, next(counter), DEVICE)
 
 
 @functools.cache
@@ -158,9 +171,9 @@ def grown(layers):
     return model
 
 
-def our_loop(o, model, objective):
-    """One step of train.py's loop."""
-    optimizer, batches = train.make_optimizer(model, o, DEVICE), random_batches(o)
+def our_loop(o, model, objective, previous=None):
+    """One step of train.py's loop. `previous`: the optimizer before a growth."""
+    optimizer, batches = train.make_optimizer(model, o, DEVICE, previous), random_batches(o)
 
     def step():
         losses = torch.zeros(2, device=DEVICE)
@@ -173,6 +186,7 @@ def our_loop(o, model, objective):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    step.optimizer = optimizer
     return step
 
 
@@ -251,10 +265,8 @@ def row_1(dtypes):
         o, name = options(dtype), f"{dtype}, {layers} layers"
         torch._dynamo.reset()
         kinds = {"transformers": theirs, "ours": ours}
-        results[name] = take_turns({
-            f"{kind}{', compiled' if compiled else ''}": functools.partial(step, o, layers, compiled)
-            for compiled in compilations() for kind, step in kinds.items()
-        })  # fmt: skip
+        kinds = {kind: functools.partial(build, o, layers) for kind, build in kinds.items()}
+        results[name] = take_turns(variants(kinds))
         trains = "all train" if layers == SHAPE.n_layer else "base frozen"
         text += f"\n\n{name}, {trains}\n\n" + table(results[name], "transformers")
         print(f"\n{name}\n{table(results[name], 'transformers')}", flush=True)
@@ -289,11 +301,8 @@ def row_1b(dtypes):
     lengths = [ARGS.block_size] + ([1024] if DEVICE.type == "cuda" else [])
     for dtype, T, trains in itertools.product(dtypes, lengths, (False, True)):
         name = f"{dtype}, {ARGS.batch_size} x {T} tokens, matrix {'trained' if trains else 'frozen'}"
-        results[name] = take_turns({
-            f"{rows}{', compiled' if compiled else ''}":
-                functools.partial(head, options(dtype), rows, trains, T, compiled)
-            for compiled in compilations() for rows in (V, padded)
-        }, 3 * ARGS.rounds)  # fmt: skip
+        kinds = {str(n): functools.partial(head, options(dtype), n, trains, T) for n in (V, padded)}
+        results[name] = take_turns(variants(kinds), 3 * ARGS.rounds)
         text += f"\n\n{name}\n\n" + table(results[name], str(V))
     return text.strip(), results
 
@@ -319,11 +328,8 @@ def row_1c(dtypes):
         return our_loop(o, model, objective)
 
     torch._dynamo.reset()
-    results = take_turns({
-        f"{'bfloat16' if kept else 'float32'}{', compiled' if compiled else ''}":
-            functools.partial(build, kept, compiled)
-        for compiled in compilations() for kept in (False, True)
-    })  # fmt: skip
+    kinds = {"float32": functools.partial(build, False), "bfloat16": functools.partial(build, True)}
+    results = take_turns(variants(kinds))
     return table(results, "float32"), results
 
 
@@ -340,8 +346,7 @@ def row_2(dtypes):
             train.compile_parts(objective)
         else:
             objective.compile(dynamic=False)
-        step, optimizer = our_loop(o, model, objective), None
-        results[how] = []
+        step, results[how] = our_loop(o, model, objective), []
         for event in range(GROWTHS + 1):
             began = time.perf_counter()
             if event:  # as in train.py's grow_here and rewire; evaluations left out
@@ -350,8 +355,7 @@ def row_2(dtypes):
                 if how == "per block":
                     block.compile(dynamic=False)
                 grow.freeze(model, "base")
-                optimizer = train.make_optimizer(model, o, DEVICE, optimizer)
-                step = our_loop(o, model, objective)
+                step = our_loop(o, model, objective, step.optimizer)
             sync()
             between, first = time.perf_counter() - began, seconds(step)
             seconds(step)
@@ -366,52 +370,52 @@ def row_2(dtypes):
 
 
 def row_3(dtypes):
-    """Distillation on the training batch, 15 layers: no teacher, one that shares the lower blocks, a second one"""
-    o, layers = options(dtypes[-1], kd_weight=1.0), SHAPE.n_layer + GROWTHS
-    text, results = o.dtype, {}
-    for compiled in compilations():
-        torch._dynamo.reset()
-        how = "compiled" if compiled else "eager"
-        names = {"none": None, "shared": "shared", "separate": "separate"}
-        results[how] = take_turns(
-            {k: functools.partial(ours, o, layers, compiled, v) for k, v in names.items()}
-        )
-        none = results[how].get("none", {}).get("ms")
-        cost = {k: show(none and r["ms"] / none, ".2f") for k, r in results[how].items()}
-        text += f"\n\n{how}\n\n" + table(results[how], "separate", ("cost over none", cost))
-    return text, results
+    """Distillation on the training batch, 15 layers: no teacher, one sharing lower blocks, a second one"""
+    o, text = options(dtypes[-1], kd_weight=1.0), dtypes[-1]
+    torch._dynamo.reset()
+    kinds = {"none": None, "shared": "shared", "separate": "separate"}
+    kinds = {
+        kind: functools.partial(ours, o, SHAPE.n_layer + GROWTHS, distil=distil)
+        for kind, distil in kinds.items()
+    }
+    results = take_turns(variants(kinds))
+    for name, r in results.items():
+        none = results.get("none, compiled" if "compiled" in name else "none")
+        r["over_none"] = none and r["ms"] / none["ms"]
+    cost = {name: show(r["over_none"], ".2f") for name, r in results.items()}
+    return f"{text}\n\n{table(results, 'separate', ('of a step without', cost))}", results
 
 
 def row_4(dtypes):
-    """Full training at T = 1024, largest batch that fits: tokens a second, and share of the GPU's peak (MFU)"""
+    """Full training at T = 1024, the largest batch that fits: tokens/s and share of the GPU's peak (MFU)"""
     if DEVICE.type != "cuda":
         return "CUDA only", {}
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    seconds(lambda: a @ b, 10)
-    peak = 2 * 8192**3 / statistics.median(seconds(lambda: a @ b, 20) for _ in range(10))
-    del a, b
+    multiply = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+    seconds(multiply, 10)
+    peak = 2 * 8192**3 / statistics.median(seconds(multiply, 20) for _ in range(10))
+    del a, b, multiply
     N, L, C, T = sum(p.numel() for p in base().parameters()), SHAPE.n_layer, SHAPE.n_embd, SHAPE.block_size
     flops = 6 * (N - T * C) + 12 * L * C * T  # of a token (PaLM, appendix B); positions multiply nothing
     text = f"bfloat16; peak {peak / 1e12:.0f} TFLOP/s, measured with a product of 8192 x 8192 matrices"
-    kinds, rows, results = {"transformers": theirs, "ours": ours}, [], {}
-    for compiled, kind in itertools.product(compilations(), kinds):
-        name = f"{kind}{', compiled' if compiled else ''}"
+    rows, results = [], {}
+    for name, build in variants({"transformers": theirs, "ours": ours}).items():
         for batch in (128, 64, 32, 16, 8, 4):  # alone on the GPU, so that each gets its own largest
             torch._dynamo.reset(), gc.collect(), torch.cuda.empty_cache()
-            o = options("bfloat16", block_size=T, batch_size=batch, lr=6e-4)
-            r = take_turns({name: functools.partial(kinds[kind], o, L, compiled)}, 5).get(name)
+            o, tried = options("bfloat16", block_size=T, batch_size=batch), f"{name}, batch {batch}"
+            r = take_turns({tried: functools.partial(build, o, L)}).get(tried)
             if r:
+                speed = batch * T / r["ms"] * 1000
+                results[name] = {**r, "batch": batch, "tokens_per_s": speed, "mfu": speed * flops / peak}
+                rows.append([name, batch, f"{r['ms']:.1f}", f"{speed:,.0f}", f"{speed * flops / peak:.1%}"])
+                rows[-1] += [f"{r['peak_gb']:.1f}", f"{r['first_s']:.1f}"]
                 break
-        if r:
-            speed = batch * T / r["ms"] * 1000
-            results[name] = {**r, "batch": batch, "tokens_per_s": speed, "mfu": speed * flops / peak}
-            rows.append([name, batch, f"{r['ms']:.1f}", f"{speed:,.0f}", f"{speed * flops / peak:.1%}"]
-                        + [f"{r['peak_gb']:.1f}", f"{r['first_s']:.1f}"])  # fmt: skip
     head = ["variant", "batch", "ms a step", "tokens/s", "MFU", "peak, GB", "first step, s"]
-    published = (
-        "Published, a GPU: nanoGPT A100 107k tokens/s; build-nanogpt A100 182k; llm.c A100 231k, H100 468k"
+    text += (
+        f"\n\n{ev.markdown(head, rows)}\n\nPublished, tokens/s a GPU: nanoGPT A100 107k (29%), build-nanogpt "
     )
-    return f"{text}\n\n{ev.markdown(head, rows)}\n\n{published}", {"peak": peak, **results}
+    text += "A100 182k (50%), llm.c A100 231k (63%) and H100 468k (40%)."
+    return text, {"peak": peak, **results}
 
 
 LOAD = """
@@ -430,9 +434,10 @@ torch.zeros(1, device=device)
 linux = sys.platform == "linux"
 before, began = memory("VmRSS") if linux else None, time.perf_counter()
 model = load(folder).to(device)
-if device == "cuda": torch.cuda.synchronize()
-took = time.perf_counter() - began
-print(json.dumps([took, memory("VmHWM") - before if linux else None, sum(p.numel() for p in model.parameters())]))
+if device == "cuda":
+    torch.cuda.synchronize()
+took, size = time.perf_counter() - began, sum(p.numel() for p in model.parameters())
+print(json.dumps([took, memory("VmHWM") - before if linux else None, size]))
 """
 
 
@@ -460,7 +465,7 @@ def row_5(dtypes):
 
 
 def row_6(dtypes):
-    """The whole card run, stand-in weights and text of WikiText-2's size: python train.py --init=... --dataset=..."""
+    """The whole card run with stand-in weights and a stand-in text of WikiText-2's size"""
     if DEVICE.type != "cuda" and not ARGS.quick:
         return "CUDA only; on a CPU it takes hours: python tests/bench.py --rows=6 --device=cuda", {}
     rng = random.Random(0)
@@ -469,46 +474,28 @@ def row_6(dtypes):
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         text = "\n".join(" ".join(rng.choices(words, k=17)) for _ in range(lines))
         Path(f"{folder}/text.txt").write_text(text)
-        small = [
-            "--max_steps=12",
-            "--grow_every=3",
-            "--eval_every=6",
-            "--test_windows=8",
-            f"--block_size={ARGS.block_size}",
-        ]
-        standin = GPT(GPTConfig(257, 64, 2, 32, (0,) * 2)) if ARGS.quick else base()
-        write_openai_checkpoint(f"{folder}/openai", standin)
-        command = [f"--init={folder}/openai", f"--dataset={folder}/text.txt", "--retain=none"]
-        command += [f"--out={folder}/run", f"--device={DEVICE.type}", *(small if ARGS.quick else [])]
-        env = {
-            **os.environ,
-            "GROWING_GPT_CACHE": f"{folder}/cache",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        }
-        shared = (
-            ROOT.parent / "shared/data/tiktoken"
-        )  # the tokenizer's two files, on machines without a network
+        small = ["--max_steps=12", "--grow_every=3", "--eval_every=6", "--test_windows=8", "--block_size=32"]
+        write_openai_checkpoint(
+            f"{folder}/openai", GPT(GPTConfig(257, 64, 2, 32, (0,) * 2)) if ARGS.quick else base()
+        )
+        command = [sys.executable, "train.py", f"--init={folder}/openai", f"--dataset={folder}/text.txt"]
+        command += ["--retain=none", f"--out={folder}/run", f"--device={DEVICE.type}"]
+        env = {**os.environ, "GROWING_GPT_CACHE": f"{folder}/cache"}
+        env["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        shared = ROOT.parent / "shared/data/tiktoken"  # the tokenizer's files, on machines without a network
         if shared.exists():
             env.setdefault("TIKTOKEN_CACHE_DIR", str(shared))
-        began = time.perf_counter()
-        run = subprocess.run(
-            [sys.executable, "train.py", *command], capture_output=True, text=True, cwd=ROOT, env=env
-        )
+        command, began = command + (small if ARGS.quick else []), time.perf_counter()
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
         wall = time.perf_counter() - began
         if run.returncode:
             return f"failed: {run.stderr.strip().splitlines()[-1]}", {}
         log = ev.read_run(f"{folder}/run")
-    result = {
-        "wall_s": wall,
-        **{k: log["result"][k] for k in ("seconds", "train_seconds", "layers", "tokens")},
-    }
-    after = [e["step"] for e in log["event"]]
-    rows = [["whole program", f"{wall:.1f}"], ["of it train()", f"{result['seconds']:.1f}"],
-            ["of it training steps", f"{result['train_seconds']:.1f}"]]  # fmt: skip
-    sizes = f"{log['header']['layers']} -> {result['layers']} layers, {result['tokens']:,} tokens, growths at {after}"
-    return f"{sizes}; {', '.join(log['header']['machine'])}\n\n" + ev.markdown(
-        ["part", "seconds"], rows
-    ), result
+    r, before, grew = log["result"], log["header"]["layers"], [e["step"] for e in log["event"]]
+    parts = {"whole program": wall, "until the tables": r["seconds"], "training steps": r["train_seconds"]}
+    text = f"{before} -> {r['layers']} layers at steps {grew}, {r['tokens']:,} tokens; "
+    text += "; ".join(log["header"]["machine"]) + "\n\n"
+    return text + ev.markdown(["part", "seconds"], [[k, f"{v:.1f}"] for k, v in parts.items()]), parts
 
 
 ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "2": row_2, "3": row_3, "4": row_4, "5": row_5, "6": row_6}
@@ -518,17 +505,12 @@ ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "2": row_2, "3": row_3, "4": row
 # Command line
 
 
-def compilations():
-    return (False, True) if ARGS.can_compile else (False,)
-
-
 def machine():
-    names = [platform.processor() or platform.machine()]
-    with contextlib.suppress(OSError):
-        names = [l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")][
-            :1
-        ] or names
-    cpu = f"{names[0]}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    cpu = f"{name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name()}; {cpu}" if DEVICE.type == "cuda" else cpu
 
 
@@ -555,8 +537,10 @@ def main():
     dtypes = ARGS.dtypes.split(",") if ARGS.dtypes else both[-1:] if DEVICE.type == "cuda" else both
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"transformers": transformers.__version__}
-    report = {"date": f"{datetime.date.today()}", "machine": machine(), "versions": versions, "quick": ARGS.quick,
-              "choices": reasons, "rounds": ARGS.rounds, "notes": NOTES, "rows": {}}  # fmt: skip
+    report = {
+        "date": f"{datetime.date.today()}", "machine": machine(), "versions": versions, "quick": ARGS.quick,
+        "choices": reasons, "rounds": ARGS.rounds, "notes": NOTES, "rows": {},
+    }  # fmt: skip
     said = ", ".join(f"{k} {v}" for k, v in versions.items())
     parts = [f"{report['date']}; {report['machine']}; {said}; medians of {ARGS.rounds} rounds"]
     parts += ["--quick: these figures say only that the program works"] if ARGS.quick else []

@@ -1,0 +1,177 @@
+"""One loss, by one protocol; what is reported of a run is what it logged."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_train import options
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import data
+import eval as ev
+import grow
+import model as m
+import train
+from model import GPT, GPTConfig
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    net = GPT(GPTConfig(61, 16, 2, 8, (0, 0)))
+    for p in net.parameters():
+        p.data += torch.randn_like(p) * 0.3
+    return net
+
+
+TOKENS = np.random.default_rng(0).integers(0, 61, 16 * 7 + 5).astype(np.uint16)
+
+
+@pytest.mark.parametrize("average", ["token", "window"])
+def test_evaluate_is_the_loss_of_transformers_over_the_same_windows(average):
+    ours = network()
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=16, n_embd=8, n_layer=2, n_head=2)).eval()
+    state = {f"transformer.{n}": p.t() if m.is_linear(n) else p for n, p in ours.named_parameters()}
+    theirs.load_state_dict({**state, "lm_head.weight": ours.wte.weight})
+    nats, counts = [], []
+    for begin in range(0, len(TOKENS), 16):  # the last window has five tokens
+        window = torch.from_numpy(TOKENS[begin : begin + 16].astype(np.int64))[None]
+        counts.append(window.size(1) - 1)
+        nats.append(theirs(window, labels=window).loss.item() * counts[-1])
+    expected = sum(nats) / sum(counts) if average == "token" else np.mean(np.divide(nats, counts))
+    assert abs(ev.evaluate(ours, TOKENS, average=average) - expected) < 1e-5
+
+
+def test_evaluate_depends_on_nothing_else():
+    """Not on the batch size, the generator or the mode, and it leaves both as they were."""
+    net = network()
+    net.train()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    losses = [ev.evaluate(net, TOKENS, 16, batch_size) for batch_size in (1, 2, 3, 8, 50)]
+    assert max(losses) - min(losses) < 1e-6
+    assert net.training and torch.equal(state, torch.get_rng_state())
+    assert ev.evaluate(net, TOKENS, 16, windows=3) == pytest.approx(
+        ev.evaluate(net, TOKENS[:48], 16), abs=1e-6
+    )
+    assert ev.evaluate(net, TOKENS[:33], 16) == ev.evaluate(
+        net, TOKENS[:32], 16
+    )  # one token predicts nothing
+    for bad in (dict(block_size=17), dict(block_size=1)):
+        with pytest.raises(data.UserError):
+            ev.evaluate(net, TOKENS, **bad)
+    with pytest.raises(data.UserError):
+        ev.evaluate(net, TOKENS[:1])
+
+
+def test_kl_and_block_use():
+    one, two = network(0), network(1)
+    assert ev.mean_kl(one, one, TOKENS, 16) == pytest.approx(0, abs=1e-7)
+    idx = torch.from_numpy(TOKENS[:112].astype(np.int64)).view(7, 16)
+    p, q = (torch.distributions.Categorical(logits=net.eval()(idx)[0][:, :-1]) for net in (one, two))
+    expected = torch.distributions.kl_divergence(p, q).mean().item()
+    assert ev.mean_kl(one, two, TOKENS[:112], 16) == pytest.approx(expected, abs=1e-5)
+    grow.insert_block(one, 1)
+    use = ev.block_use(one, TOKENS, 16, 7)
+    assert use[1] == 0 and use[0] > 0 and use[2] > 0
+
+
+def test_flops_are_the_matrix_products():
+    """Two operations per multiply-add: forward once; backward once for inputs and once for weights that train."""
+    B, T, C, V, L = 2, 8, 16, 23, 3
+    net = GPT(GPTConfig(V, T, 2, C, (0,) * L))
+    objective = train.Objective(net, None, False, 1.0)
+    x, y = torch.randint(V, (B, T)), torch.randint(V, (B, T))
+    block, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V
+    assert train.count_flops(objective, x, y) == 3 * B * (L * (block + attention) + head)
+    grow.insert_block(net, L)
+    grow.freeze(net, "base")
+    # below the grown block nothing is differentiated; the head passes a gradient to its input only
+    assert train.count_flops(objective, x, y) == B * ((L + 3) * (block + attention) + 2 * head)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "words.txt"
+    text.write_text("\n".join(["grow learn keep", "block layer token"] * 400))
+    train.train(options(str(text), folder / "run", max_growths=2))
+    return folder / "run"
+
+
+def test_tables_say_what_the_run_logged(run, capsys):
+    ev.main([str(run)])
+    printed = capsys.readouterr().out
+    result = ev.read_run(run)["result"]
+    assert f"{result['learn']['grown']:.4f}" in printed and "context 16, stride 16" in printed
+    ev.main([str(run), str(run), "--json"])
+    parsed = json.loads(capsys.readouterr().out)
+    assert parsed[0]["forgetting"] == ev.forgetting(result)
+    assert [row["loss_after"] - row["loss_before"] for row in parsed[0]["scaling"]] == [0, 0]
+    base = train.start_model(train.Options(**ev.read_run(run)["header"]["config"]))
+    tokens = data.load(result["learn"]["dataset"], 257, 16)["test"]
+    assert result["learn"]["base"] == pytest.approx(ev.evaluate(base, tokens, 16, windows=4), abs=1e-5)
+
+
+def test_a_run_without_old_text_has_tables_too(run, tmp_path):
+    r = ev.read_run(run)
+    r["result"]["retain"] = dict(dataset="none", base=None, grown=None, kl=None)
+    assert "| -" in ev.results_table([r]) or " - |" in ev.results_table([r])
+    assert "nothing about forgetting" in ev.model_card(r)
+    assert ev.plot([r], tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_plot_needs_matplotlib_and_says_so(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(data.UserError, match="pip install matplotlib"):
+        ev.main([str(run), f"--plot={tmp_path / 'plot.png'}"])
+
+
+def test_usage_of_the_model_card_runs(run):
+    """The snippet in the export's README, executed as it stands."""
+    card = (run / "model" / "README.md").read_text()
+    snippet = card.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "def main" in done.stdout, done.stderr
+    for section in ("Description", "Training data", "Configuration", "Growth mechanism", "Growth events", "Results",
+                    "Retention", "Usage", "Limitations", "Licence"):  # fmt: skip
+        assert f"## {section}\n" in card
+
+
+def test_command_line(run, capsys):
+    ev.main([str(run), "--prompt", "grow", "--max_new_tokens=5", "--temperature=0"])
+    assert capsys.readouterr().out.startswith("grow")
+    ev.main(
+        [
+            str(run),
+            f"--dataset={ev.read_run(run)['result']['learn']['dataset']}",
+            "--split=test",
+            "--average=window",
+        ]
+    )
+    assert "mean by window" in capsys.readouterr().out
+    for bad, says in ((["--lambada"], "vocabulary"), (["--dataset=nothing"], "no data set"), (["--top_k=-1"], "top_k"),
+                      (["--lamb"], "unrecognized"), (["--split=all"], "invalid choice")):  # fmt: skip
+        with pytest.raises(data.UserError, match=says):
+            ev.main([str(run), *bad])
+    with pytest.raises(data.UserError, match="no run"):
+        ev.main([str(run / "nothing")])
+
+
+def test_lambada_counts_whole_last_words(monkeypatch):
+    """Against one passage at a time: all tokens of the last word greedily right, and the sum of their losses."""
+    monkeypatch.setattr(data, "GPT2", 257)
+    monkeypatch.setattr(data, "lambada", lambda: ["a b cd", "the cat sat", "x yz"])
+    monkeypatch.setattr(data, "encode", lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16))
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(257, 16, 2, 8, (0,))).eval()
+    nats = 0.0
+    for context, word in (("a b", " cd"), ("the cat", " sat"), ("x", " yz")):
+        idx = torch.tensor([list((context + word).encode())])
+        log_p = net(idx)[0].log_softmax(-1)[0]
+        nats -= sum(log_p[i - 1, idx[0, i]].item() for i in range(len(context), idx.size(1)))
+    assert ev.lambada(net, 2)["perplexity"] == pytest.approx(math.exp(nats / 3), rel=1e-4)

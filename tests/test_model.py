@@ -1,0 +1,243 @@
+"""GPT-2 is GPT-2: the same numbers as transformers, the same files, and a sampler that does what it says."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, SHARED, needs_tiktoken
+from openai_format import write_openai_checkpoint
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import data
+import grow
+import model as m
+from model import GPT, GPTConfig
+
+SHAPES = [
+    (61, 16, 2, 8, 3),
+    (257, 32, 1, 16, 1),
+    (300, 24, 4, 32, 2),
+]  # vocab, positions, heads, width, depth
+
+
+def pair(vocab, positions, heads, width, depth, seed=0):
+    """Our network and transformers', with the same random weights (biases and gains random, too)."""
+    torch.manual_seed(seed)
+    ours = GPT(GPTConfig(vocab, positions, heads, width, (0,) * depth)).eval()
+    for p in ours.parameters():
+        p.data = torch.randn_like(p) * 0.2
+    config = GPT2Config(vocab_size=vocab, n_positions=positions, n_embd=width, n_layer=depth, n_head=heads)
+    theirs = GPT2LMHeadModel(config).eval()
+    state = {f"transformer.{n}": p.t() if m.is_linear(n) else p for n, p in ours.named_parameters()}
+    theirs.load_state_dict({**state, "lm_head.weight": ours.wte.weight})
+    return ours, theirs
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_loss_and_gradients_are_those_of_transformers(shape):
+    ours, theirs = pair(*shape)
+    for T in (1, 5, shape[1]):
+        idx = torch.randint(shape[0], (2, T))
+        assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+    _, loss = ours(idx[:, :-1], idx[:, 1:])
+    reference = theirs(idx, labels=idx).loss
+    assert abs(loss - reference) < 1e-5
+    loss.backward(), reference.backward()
+    named = dict(theirs.transformer.named_parameters())
+    for name, p in ours.named_parameters():
+        grad = named[name].grad
+        assert torch.allclose(p.grad, grad.t() if m.is_linear(name) else grad, atol=1e-5), name
+
+
+def test_logits_of_the_124m_shape_are_those_of_transformers():
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig()).eval()
+    with torch.device("meta"):
+        theirs = GPT2LMHeadModel(GPT2Config()).eval()
+    state = {f"transformer.{n}": p.detach().t() if m.is_linear(n) else p for n, p in ours.named_parameters()}
+    theirs.load_state_dict({**state, "lm_head.weight": ours.wte.weight}, assign=True)
+    idx = torch.randint(50257, (1, 12))
+    with torch.no_grad():
+        assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        small, grown = GPT(GPTConfig()), GPT(GPTConfig(generation=(0,) * 12 + (1, 2, 3)))
+    assert sum(p.numel() for p in small.parameters()) == 124_439_808
+    assert sum(p.numel() for p in grown.parameters()) == 145_703_424
+
+
+def test_causality():
+    """Changing token t leaves the logits before t as they were, and changes those from t on."""
+    ours, _ = pair(*SHAPES[0])
+    idx = torch.randint(61, (1, 16))
+    other = idx.clone()
+    other[0, 9] = (other[0, 9] + 1) % 61
+    a, b = ours(idx)[0], ours(other)[0]
+    assert torch.equal(a[:, :9], b[:, :9])
+    assert (a[:, 9:] != b[:, 9:]).any(-1).all()
+
+
+def test_fixture_written_by_tensorflow():
+    """Its bytes are read exactly, and the network of its arrays is transformers' network of them."""
+    arrays, true = m.read_openai_checkpoint(FIXTURES / "tiny-openai"), np.load(FIXTURES / "tiny-openai.npz")
+    assert arrays.keys() == set(true.files)
+    assert all(np.array_equal(arrays[name], true[name]) for name in true.files)
+    ours = GPT.from_pretrained(FIXTURES / "tiny-openai").eval()
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=16, n_embd=8, n_layer=3, n_head=2)).eval()
+    named = {"b": "bias", "w": "weight", "g": "weight"}
+    state = {}
+    for name in true.files:
+        _, *path = name.split("/")
+        key = ".".join(path).replace("h", "h.", 1) if path[0][1:].isdigit() else ".".join(path)
+        key = f"{key.rsplit('.', 1)[0]}.{named[path[-1]]}" if path[-1] in named else f"{key}.weight"
+        array = torch.from_numpy(true[name])
+        state[f"transformer.{key}"] = array[0] if array.ndim == 3 else array
+    theirs.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+    idx = torch.randint(61, (2, 16))
+    assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the true 124M index is not beside the repository")
+def test_true_index_has_148_variables_without_gaps():
+    raw = (SHARED / "fixtures/gpt2-124M.model.ckpt.index").read_bytes()
+    entries = m.read_table(raw)
+    entries.pop("")
+    spans = sorted((e.get(4, [0])[0], e[5][0]) for e in entries.values())
+    assert len(spans) == 148
+    assert all(a + length == b for (a, length), (b, _) in zip(spans, spans[1:]))
+    assert sum(spans[-1]) == 4 * 124_439_808
+    with torch.device("meta"):
+        assert {m.openai_name(n) for n, _ in GPT(GPTConfig()).named_parameters()} == entries.keys()
+
+
+def grown_model(vocab=257):
+    torch.manual_seed(1)
+    ours = GPT(GPTConfig(vocab, 16, 2, 8, (0, 0))).eval()
+    grow.insert_block(ours, 1)
+    grow.insert_block(ours, 3)
+    for p in ours.parameters():
+        p.data += torch.randn_like(p) * 0.2
+    return ours
+
+
+def test_openai_format_round_trip(tmp_path):
+    ours = grown_model()
+    write_openai_checkpoint(tmp_path, ours)
+    again = GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+
+
+def test_export_loads_in_transformers_and_comes_back(tmp_path):
+    ours = grown_model()
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    again = GPT.from_pretrained(tmp_path / "ours").eval()
+    idx = torch.randint(257, (2, 16))
+    assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-5
+    assert torch.equal(ours(idx)[0], again(idx)[0])
+    assert again.config.generation == (0, 1, 0, 2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "theirs").eval()(idx)[0], again(idx)[0])
+
+
+def test_safetensors_library_reads_the_same(tmp_path):
+    from safetensors import safe_open
+
+    grown_model().save_pretrained(tmp_path)
+    arrays = m.read_safetensors(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "np") as f:
+        assert f.metadata()["format"] == "pt"
+        assert set(f.keys()) == arrays.keys()
+        assert all(np.array_equal(f.get_tensor(name), arrays[name]) for name in arrays)
+
+
+@needs_tiktoken
+def test_exported_tokenizer_and_greedy_generation(tmp_path):
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(50257, 32, 2, 8, (0,))).eval()
+    grow.insert_block(ours, 1)
+    ours.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Hello, I'm a language model.\n  Größe 12345 \U0001f600"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == data.encode(text).tolist()
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
+    prompt = torch.tensor([ids])
+    expected = theirs.generate(prompt, max_new_tokens=5, do_sample=False)
+    assert torch.equal(ours.generate(prompt, 5, temperature=0), expected)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    ours = grown_model()
+    write_openai_checkpoint(tmp_path, ours)
+    hparams = json.loads((tmp_path / "hparams.json").read_text())
+    for change, says in (
+        ({"n_layer": 3}, "h.?3"),
+        ({"n_layer": 5}, "h.4"),
+        ({"n_ctx": 8}, "wpe"),
+        ({"n_vocab": 9}, "wte"),
+    ):
+        (tmp_path / "hparams.json").write_text(json.dumps(hparams | change))
+        with pytest.raises(data.UserError, match=says):
+            GPT.from_pretrained(tmp_path)
+    with pytest.raises(data.UserError, match="no model in"):
+        GPT.from_pretrained("gpt3")
+
+
+def test_architecture_that_is_not_gpt2_is_refused(tmp_path):
+    grown_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
+    with pytest.raises(data.UserError, match="activation_function"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_generate_is_greedy_with_and_past_the_context():
+    """The cache changes nothing: each id is the argmax of a plain forward over the last block_size ids."""
+    ours, _ = pair(*SHAPES[0])
+    idx = expected = torch.randint(60, (1, 3))
+    for _ in range(30):
+        best = ours(expected[:, -16:])[0][:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, best], 1)
+        if best.item() == 60:
+            break
+    assert expected.size(1) > 17
+    assert torch.equal(ours.generate(idx, 30, temperature=0), expected)
+    assert torch.equal(ours.generate(idx, 30, top_k=1), expected)
+    long = torch.randint(60, (1, 40))
+    assert torch.equal(ours.generate(long, 1, temperature=0)[:, -1], ours(long[:, -16:])[0][:, -1].argmax(-1))
+
+
+def test_generate_stops_per_row_at_end_of_text():
+    ours = copy.deepcopy(pair(*SHAPES[0])[0])
+    real = ours.head
+    ours.head = lambda x: real(x) + torch.tensor([[1e4], [0.0]]) * (torch.arange(61) == 60)  # row 0: at once
+    out = ours.generate(torch.zeros(2, 1, dtype=torch.long), 6, temperature=0)
+    assert (out[0, 1:] == 60).all() and (out[1, 1:] != 60).any()
+
+
+def test_sampling_follows_its_generator_and_refuses_nonsense():
+    ours, _ = pair(*SHAPES[0])
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    a, b, c = (ours.generate(idx, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a[:, :4], c[:, :4])
+    for bad in (dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=0)):
+        with pytest.raises(data.UserError):
+            ours.generate(idx, 1, **bad)
+    with pytest.raises(data.UserError, match="empty"):
+        ours.generate(idx[:, :0], 1)
+    with pytest.raises(data.UserError, match="block_size"):
+        ours(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_dropout_only_while_training():
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(61, 16, 2, 8, (0,), dropout=0.5))
+    idx = torch.randint(61, (1, 16))
+    assert not torch.equal(ours(idx)[0], ours(idx)[0])
+    ours.eval()
+    assert torch.equal(ours(idx)[0], ours(idx)[0])
