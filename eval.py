@@ -350,7 +350,8 @@ def plot(runs, path):
             curves.plot(steps, [e["retain"] for e in run["eval"]], "--", color=color)
             x, y = r["learn"]["grown"], forgetting(r)
             frontier.plot(x, y, "o", color=color)
-            frontier.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            above = 5 if i % 2 else -11  # neighbours in the list often lie close together
+            frontier.annotate(name, (x, y), xytext=(5, above), textcoords="offset points", fontsize=7)
         for e in run["event"]:
             curves.plot(e["step"], e["learn_after"], "^", color=color, markersize=7, markeredgecolor="black")
     curves.set(

@@ -2,12 +2,16 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, needs_tiktoken
+from conftest import FIXTURES, ROOT, SHARED, needs_tiktoken
 from openai_format import write_openai_checkpoint
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import data
@@ -20,6 +24,7 @@ SHAPES = [
     (257, 32, 1, 16, 1),
     (300, 24, 4, 32, 2),
 ]  # vocab, positions, heads, width, depth
+INDEX_124M = SHARED / "fixtures/gpt2-124M.model.ckpt.index"
 
 
 def pair(vocab, positions, heads, width, depth, seed=0):
@@ -37,6 +42,7 @@ def pair(vocab, positions, heads, width, depth, seed=0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_are_those_of_transformers(shape):
+    """At one token, at a few and at the full context: the network is GPT-2 and not merely like it."""
     ours, theirs = pair(*shape)
     for T in (1, 5, shape[1]):
         idx = torch.randint(shape[0], (2, T))
@@ -52,6 +58,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape):
 
 
 def test_logits_of_the_124m_shape_are_those_of_transformers():
+    """The true width, depth and head count, where a wrong scale or head split would show most."""
     torch.manual_seed(0)
     ours = GPT(GPTConfig()).eval()
     with torch.device("meta"):
@@ -64,6 +71,7 @@ def test_logits_of_the_124m_shape_are_those_of_transformers():
 
 
 def test_parameter_counts():
+    """The published 124M, and the card's 145.7M after three growths."""
     with torch.device("meta"):
         small, grown = GPT(GPTConfig()), GPT(GPTConfig(generation=(0,) * 12 + (1, 2, 3)))
     assert sum(p.numel() for p in small.parameters()) == 124_439_808
@@ -101,10 +109,10 @@ def test_fixture_written_by_tensorflow():
     assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-5
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the true 124M index is not beside the repository")
+@pytest.mark.skipif(not INDEX_124M.exists(), reason="the true 124M index is not beside the repository")
 def test_true_index_has_148_variables_without_gaps():
-    raw = (SHARED / "fixtures/gpt2-124M.model.ckpt.index").read_bytes()
-    entries = m.read_table(raw)
+    """OpenAI's own index lists exactly our parameters, end to end, so nothing is misread or left out."""
+    entries = m.read_table(INDEX_124M.read_bytes())
     entries.pop("")
     spans = sorted((e.get(4, [0])[0], e[5][0]) for e in entries.values())
     assert len(spans) == 148
@@ -115,6 +123,7 @@ def test_true_index_has_148_variables_without_gaps():
 
 
 def grown_model(vocab=257):
+    """Two original and two grown blocks, none of which is the identity any more."""
     torch.manual_seed(1)
     ours = GPT(GPTConfig(vocab, 16, 2, 8, (0, 0))).eval()
     grow.insert_block(ours, 1)
@@ -125,6 +134,7 @@ def grown_model(vocab=257):
 
 
 def test_openai_format_round_trip(tmp_path):
+    """What the test's own writer puts into OpenAI's format comes back bit for bit."""
     ours = grown_model()
     write_openai_checkpoint(tmp_path, ours)
     again = GPT.from_pretrained(tmp_path)
@@ -132,6 +142,7 @@ def test_openai_format_round_trip(tmp_path):
 
 
 def test_export_loads_in_transformers_and_comes_back(tmp_path):
+    """A grown model survives export with its history, and what transformers saves we read, too."""
     ours = grown_model()
     ours.save_pretrained(tmp_path / "ours")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
@@ -145,21 +156,35 @@ def test_export_loads_in_transformers_and_comes_back(tmp_path):
 
 
 def test_safetensors_library_reads_the_same(tmp_path):
-    from safetensors import safe_open
-
+    """The file is what the format's own library takes it for, with the metadata that transformers wants."""
     grown_model().save_pretrained(tmp_path)
     arrays = m.read_safetensors(tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "np") as f:
         assert f.metadata()["format"] == "pt"
-        assert set(f.keys()) == arrays.keys()
-        assert all(np.array_equal(f.get_tensor(name), arrays[name]) for name in arrays)
+    true = load_file(tmp_path / "model.safetensors")
+    assert true.keys() == arrays.keys()
+    assert all(a.dtype == true[n].dtype and np.array_equal(a, true[n]) for n, a in arrays.items())
+
+
+def test_hugging_faces_mirror_is_read(tmp_path):
+    """Its file has causal masks among the weights, no prefix, and may have half precision or an lm_head."""
+    ours = grown_model()
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    arrays = {name: a.astype(np.float16) for name, a in load_file(path).items()}
+    masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 16, 16), np.float32)) for i in range(4)}
+    save_file({**arrays, **masks, "lm_head.weight": arrays["wte.weight"]}, path)
+    again = GPT.from_pretrained(tmp_path)
+    for (name, p), q in zip(ours.named_parameters(), again.parameters()):
+        assert q.dtype == torch.float32 and torch.equal(p.half().float(), q), name
 
 
 @needs_tiktoken
 def test_exported_tokenizer_and_greedy_generation(tmp_path):
-    torch.manual_seed(0)
-    ours = GPT(GPTConfig(50257, 32, 2, 8, (0,))).eval()
-    grow.insert_block(ours, 1)
+    """AutoTokenizer encodes an export's text as tiktoken does, and transformers then continues it as we do."""
+    ours = grown_model(50257)
+    ours.config.block_size = 64
+    ours.wpe = torch.nn.Embedding(64, 8)
     ours.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "Hello, I'm a language model.\n  Größe 12345 \U0001f600"
@@ -167,11 +192,12 @@ def test_exported_tokenizer_and_greedy_generation(tmp_path):
     assert ids == data.encode(text).tolist()
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path)
     prompt = torch.tensor([ids])
-    expected = theirs.generate(prompt, max_new_tokens=5, do_sample=False)
-    assert torch.equal(ours.generate(prompt, 5, temperature=0), expected)
+    expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False)
+    assert torch.equal(ours.generate(prompt, 20, temperature=0), expected)
 
 
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+def test_openai_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    """A shape file that disagrees with the weights is found, and the first tensor that disagrees is named."""
     ours = grown_model()
     write_openai_checkpoint(tmp_path, ours)
     hparams = json.loads((tmp_path / "hparams.json").read_text())
@@ -188,7 +214,27 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         GPT.from_pretrained("gpt3")
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda a: a.pop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias: missing"),
+        (lambda a: a.update({"h.1.mlp.c_fc.extra": np.zeros(3, "f")}), "h.1.mlp.c_fc.extra.*no such tensor"),
+        (lambda a: a.update({"ln_f.bias": np.zeros(9, "f")}), r"ln_f.bias: \(9,\).*\(8,\)"),
+        (lambda a: a.update({"h.0.attn.c_attn.weight": np.zeros((24, 8), "f")}), "h.0.attn.c_attn.weight"),
+    ],
+)
+def test_missing_left_over_and_misshapen_tensors_are_refused_by_name(tmp_path, change, says):
+    """Weights are never guessed, dropped or transposed to fit: the fault names its tensor and shapes."""
+    grown_model().save_pretrained(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    change(arrays)
+    save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(data.UserError, match=says):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_architecture_that_is_not_gpt2_is_refused(tmp_path):
+    """Another activation would load and compute nonsense."""
     grown_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
@@ -212,15 +258,48 @@ def test_generate_is_greedy_with_and_past_the_context():
     assert torch.equal(ours.generate(long, 1, temperature=0)[:, -1], ours(long[:, -16:])[0][:, -1].argmax(-1))
 
 
+def test_generate_in_a_batch_is_generate_row_by_row():
+    """Rows do not see each other, in the cache or past the context."""
+    ours, _ = pair(*SHAPES[0], seed=3)
+    idx = torch.randint(60, (3, 4))
+    together = ours.generate(idx, 25, temperature=0)
+    for row, out in zip(idx, together):
+        alone = ours.generate(row[None], 25, temperature=0)[0]
+        assert torch.equal(out[: len(alone)], alone) and (out[len(alone) :] == 60).all()
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, 5), (2.0, 20), (1.3, 1000)])
+def test_samples_have_the_distribution_asked_for(temperature, top_k):
+    """Frequencies of 40,000 next ids against softmax(logits / temperature) among the top_k, within 5 sigma."""
+    ours, _ = pair(*SHAPES[0], seed=1)
+    n, prompt = 40_000, torch.tensor([[3, 1, 4]])
+    logits = ours(prompt)[0][0, -1].detach().double()
+    p = (logits / temperature).softmax(-1)
+    if top_k:
+        p[logits.argsort(descending=True)[top_k:]] = 0
+    p /= p.sum()
+    g = torch.Generator().manual_seed(0)
+    last = m.pick(logits.float().expand(n, -1), temperature, top_k, g).flatten()
+    found = last.bincount(minlength=61) / n
+    assert ((found - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+    g.manual_seed(0)
+    few = ours.generate(prompt.expand(2000, -1), 1, temperature, top_k, g)[:, -1]
+    assert ((few.bincount(minlength=61) / 2000 - p).abs() <= 5 * (p * (1 - p) / 2000).sqrt() + 1e-9).all()
+
+
 def test_generate_stops_per_row_at_end_of_text():
+    """A row that is done is filled up, the others go on, and once all are done nothing more is computed."""
     ours = copy.deepcopy(pair(*SHAPES[0])[0])
     real = ours.head
-    ours.head = lambda x: real(x) + torch.tensor([[1e4], [0.0]]) * (torch.arange(61) == 60)  # row 0: at once
+    at_once = torch.tensor([[1e4], [0.0]])  # row 0 ends with its first id
+    ours.head = lambda x: real(x) + at_once[: len(x)] * (torch.arange(61) == 60)
     out = ours.generate(torch.zeros(2, 1, dtype=torch.long), 6, temperature=0)
     assert (out[0, 1:] == 60).all() and (out[1, 1:] != 60).any()
+    assert ours.generate(torch.zeros(1, 1, dtype=torch.long), 6, temperature=0).tolist() == [[0, 60]]
 
 
 def test_sampling_follows_its_generator_and_refuses_nonsense():
+    """Same generator seed, same sample; and what cannot be sampled is refused in a sentence."""
     ours, _ = pair(*SHAPES[0])
     idx = torch.zeros(1, 1, dtype=torch.long)
     a, b, c = (ours.generate(idx, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
@@ -235,9 +314,37 @@ def test_sampling_follows_its_generator_and_refuses_nonsense():
 
 
 def test_dropout_only_while_training():
+    """Evaluation and sampling are exact, and sampling leaves the mode as it was."""
     torch.manual_seed(0)
     ours = GPT(GPTConfig(61, 16, 2, 8, (0,), dropout=0.5))
     idx = torch.randint(61, (1, 16))
     assert not torch.equal(ours(idx)[0], ours(idx)[0])
     ours.eval()
     assert torch.equal(ours(idx)[0], ours(idx)[0])
+    ours.train()
+    assert torch.equal(ours.generate(idx[:, :4], 5, 0), ours.generate(idx[:, :4], 5, 0)) and ours.training
+
+
+MEASURE = """
+import sys
+from model import GPT
+
+def kilobytes(key):
+    return int(open("/proc/self/status").read().split(key + ":")[1].split()[0])
+
+before = kilobytes("VmRSS")
+model = GPT.from_pretrained(sys.argv[1])
+print(1024 * (kilobytes("VmHWM") - before) / sum(4 * p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory peak from Linux's /proc")
+@pytest.mark.parametrize(
+    "write", [write_openai_checkpoint, lambda folder, model: model.save_pretrained(folder)]
+)
+def test_loading_takes_little_more_than_the_weights_and_their_file(tmp_path, write):
+    """Peak resident memory, mapped file pages included, stays below 2.2 times the weights."""
+    write(tmp_path, GPT(GPTConfig(257, 64, 8, 512, (0,) * 8)))  # 101 MB
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 1 < float(done.stdout) < 2.2  # below 1 it would not have measured the weights at all
