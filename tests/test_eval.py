@@ -81,7 +81,7 @@ def test_kl_and_block_use():
 
 
 def test_flops_are_the_matrix_products():
-    """Two operations per multiply-add: forward once; backward once for inputs and once for weights that train."""
+    """Two operations per multiply-add: forward once; backward for inputs, and for weights that train."""
     B, T, C, V, L = 2, 8, 16, 23, 3
     net = GPT(GPTConfig(V, T, 2, C, (0,) * L))
     objective = train.Objective(net, None, False, 1.0)
@@ -137,7 +137,8 @@ def test_usage_of_the_model_card_runs(run):
     snippet = card.split("```python\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "def main" in done.stdout, done.stderr
-    for section in ("Description", "Training data", "Configuration", "Growth mechanism", "Growth events", "Results",
+    for section in ("Description", "Training data", "Configuration", "Growth mechanism", "Growth events",
+                    "Results",
                     "Retention", "Usage", "Limitations", "Licence"):  # fmt: skip
         assert f"## {section}\n" in card
 
@@ -154,7 +155,8 @@ def test_command_line(run, capsys):
         ]
     )
     assert "mean by window" in capsys.readouterr().out
-    for bad, says in ((["--lambada"], "vocabulary"), (["--dataset=nothing"], "no data set"), (["--top_k=-1"], "top_k"),
+    for bad, says in ((["--lambada"], "vocabulary"), (["--dataset=nothing"], "no data set"),
+                      (["--top_k=-1"], "top_k"),
                       (["--lamb"], "unrecognized"), (["--split=all"], "invalid choice")):  # fmt: skip
         with pytest.raises(data.UserError, match=says):
             ev.main([str(run), *bad])
@@ -163,7 +165,7 @@ def test_command_line(run, capsys):
 
 
 def test_lambada_counts_whole_last_words(monkeypatch):
-    """Against one passage at a time: all tokens of the last word greedily right, and the sum of their losses."""
+    """Against one passage at a time: the sum of the losses of the last word."""
     monkeypatch.setattr(data, "GPT2", 257)
     monkeypatch.setattr(data, "lambada", lambda: ["a b cd", "the cat sat", "x yz"])
     monkeypatch.setattr(data, "encode", lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16))

@@ -131,7 +131,7 @@ def test_placement():
 
 
 def test_optimizer_state_is_carried_over():
-    """Rebuilding the optimizer at an insertion changes nothing for the old parameters; the new start fresh."""
+    """Rebuilding the optimizer at an insertion changes nothing for the old; the new start fresh."""
     one, two = small(), small()
     a, b = train_steps(one, 4), train_steps(two, 4)
     grow.insert_block(two, 1)
@@ -219,7 +219,7 @@ def test_fisher_is_that_of_per_token_autograd():
 
 
 def test_ewc_penalty():
-    """0 with zero gradient at the anchor, (1/2) F (w - w*)^2 away from it, and nothing from grown or frozen."""
+    """0 with zero gradient at the anchor, (1/2) F (w - w*)^2 away from it; nothing from grown or frozen."""
     model = small()
     ewc = grow.EWC(model, [batch(s)[0] for s in range(3)])
     grow.insert_block(model, 1)

@@ -181,7 +181,7 @@ def test_hugging_faces_mirror_is_read(tmp_path):
 
 @needs_tiktoken
 def test_exported_tokenizer_and_greedy_generation(tmp_path):
-    """AutoTokenizer encodes an export's text as tiktoken does, and transformers then continues it as we do."""
+    """AutoTokenizer encodes as tiktoken does, and transformers then continues as we do."""
     ours = grown_model(50257)
     ours.config.block_size = 64
     ours.wpe = torch.nn.Embedding(64, 8)
@@ -270,7 +270,7 @@ def test_generate_in_a_batch_is_generate_row_by_row():
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, 5), (2.0, 20), (1.3, 1000)])
 def test_samples_have_the_distribution_asked_for(temperature, top_k):
-    """Frequencies of 40,000 next ids against softmax(logits / temperature) among the top_k, within 5 sigma."""
+    """Frequencies of 40,000 next ids against softmax(logits / temperature) within 5 sigma."""
     ours, _ = pair(*SHAPES[0], seed=1)
     n, prompt = 40_000, torch.tensor([[3, 1, 4]])
     logits = ours(prompt)[0][0, -1].detach().double()

@@ -34,7 +34,7 @@ def test_every_demo_command_runs(command, tmp_path):
     arguments = [a for a in shlex.split(command)[2:] if not a.startswith(("--resume", "--out"))]
     small = [a for a in SMALL if not any(given.startswith(a.split("=")[0] + "=") for given in arguments)]
     grow = [] if any(a.startswith("--grow_every") for a in arguments) else ["--grow_every=1"]
-    train.main([*arguments, *small, *grow, f"--out={tmp_path / 'run'}"])
+    train.main([*arguments, *small, *grow, "--patience=2", f"--out={tmp_path / 'run'}"])
     assert ev.read_run(tmp_path / "run")["result"]
 
 
