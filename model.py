@@ -195,9 +195,10 @@ class GPT(nn.Module):
         if (folder / "hparams.json").exists():
             ours = {openai_name(name): name for name, _ in model.named_parameters()}
             arrays = {ours.get(name, name): a for name, a in read_openai_checkpoint(folder).items()}
-            fill(model, {n: a[0] if is_linear(n) and a.ndim == 3 else a for n, a in arrays.items()}, folder)
+            arrays = {n: a[0] if is_linear(n) and a.ndim == 3 else a for n, a in arrays.items()}
+            fill(model, arrays, folder / INDEX)
         else:
-            fill(model, read_huggingface_weights(folder), folder)
+            fill(model, read_huggingface_weights(folder), folder / "model.safetensors")
         return model
 
     def save_pretrained(self, folder):
