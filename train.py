@@ -639,7 +639,7 @@ def train(o):
     # ----- where -----
     began, out = time.perf_counter(), Path(o.out)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words: None
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **more: None
     if o.resume == "no" and ((out / "ckpt.pt").exists() or (out / "metrics.jsonl").exists()):
         raise UsageError(f"{out} holds a run: continue it with --resume, or give another --out")
     if o.resume == "yes" and not (out / "metrics.jsonl").exists():

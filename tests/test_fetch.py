@@ -358,9 +358,9 @@ def test_train_without_a_network(tmp_path):
     assert len(errors) == 1 and p.stderr.rstrip().endswith(errors[0])
     folder = tmp_path / "cache"
     for words in (
-        "https://openaipublic.blob.core.windows.net/gpt-2/models/124M/hparams.json",
+        "https://openaipublic.blob.core.windows.net/gpt-2/models/124M/model.ckpt.index",
         f"{folder / 'gpt2-124M'} by hand",
-        "hparams.json, model.ckpt.index, model.ckpt.data-00000-of-00001",
+        "model.ckpt.index, model.ckpt.data-00000-of-00001",
         f"model.safetensors into {folder / 'huggingface-gpt2'}",
         "https://huggingface.co/openai-community/gpt2/resolve/",
         "ConnectionError" if "ConnectionError" in errors[0] else "ProxyError",

@@ -409,7 +409,7 @@ def test_exit_status_and_one_line_on_stderr():
 def test_options_are_parsed_presets_first():
     o = train.parse(["demo", "best", "--seed=3", "--lr=1e-4", "--resume"])
     assert (o.init, o.dataset, o.seed, o.lr, o.resume) == ("scratch", "code", 3, 1e-4, "yes")
-    assert o.kd_weight == train.PRESETS["best"]["kd_weight"]
+    assert o.replay == train.PRESETS["best"]["replay"]
     assert o.out == "out/demo-best-seed=3-lr=0.0001"
     assert train.parse([]).out == "out/card"
     assert dataclasses.replace(train.parse(["card"]), out="") == train.Options()
