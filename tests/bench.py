@@ -8,7 +8,7 @@ Ours are train.py's own parts, called as train.py calls them; theirs is GPT2LMHe
 same way, in the plain loop its users write. Weights are random, of GPT-2 124M's shape; where both are timed
 they hold the same numbers, and their logits are compared first. Variants take turns, so that whatever else
 the machine does meets all of them; a figure is the median over rounds. The first step, which compiles, is
-told apart; the compiler's cache starts empty and is kept from row to row. OUT gets bench.md and bench.json.
+told apart; each table starts with an empty compiler cache. OUT gets bench.md and bench.json.
 """
 
 import argparse
@@ -29,7 +29,6 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bench-inductor-")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -38,6 +37,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
 from openai_format import write_openai_checkpoint  # noqa: E402
+from torch._inductor.utils import fresh_cache  # noqa: E402
 
 import eval as ev  # noqa: E402
 import grow  # noqa: E402
@@ -73,28 +73,29 @@ def take_turns(builders, rounds=None):
     The peak is what a variant adds on the GPU to what was allocated before it was built: weights, optimizer
     and activations. On the CPU no such counter exists, so it is left out.
     """
-    cuda, steps, results, times = DEVICE.type == "cuda", {}, {}, {}
-    gc.collect()
-    for name, build in builders.items():
-        before = torch.cuda.memory_allocated() if cuda else 0
-        try:
+    cuda, steps, results = DEVICE.type == "cuda", {}, {}
+    torch._dynamo.reset(), gc.collect()
+    with fresh_cache():
+        for name, build in builders.items():
+            before = torch.cuda.memory_allocated() if cuda else 0
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            step = build()
-            first = seconds(step)
-            seconds(step, 3 if cuda else 1)
-        except Exception as e:  # one variant that cannot run must not cost the others their figures
-            NOTES.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}")
-            print(f"  {NOTES[-1]}", file=sys.stderr)
-            continue
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
-        steps[name], times[name], results[name] = step, [], {"first_s": first, "peak_gb": peak}
-        print(f"  {name}: first step {first:.1f} s", file=sys.stderr, flush=True)
-    for _ in range(rounds or ARGS.rounds):
-        for name, step in steps.items():
-            times[name].append(1000 * seconds(step, 10 if cuda else 1))
-    for name, ms in times.items():
-        results[name] |= {"ms": statistics.median(ms), "spread_ms": max(ms) - min(ms)}
+            try:
+                step = build()
+                first = seconds(step)
+                seconds(step, 3 if cuda else 1)
+            except Exception as e:  # one variant that cannot run must not cost the others their figures
+                NOTES.append(f"{name}: {type(e).__name__}: {str(e)[:150].splitlines()[:1]}")
+                print(f"  {NOTES[-1]}", file=sys.stderr)
+                continue
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+            steps[name], results[name] = step, {"first_s": first, "peak_gb": peak, "all_ms": []}
+            print(f"  {name}: first step {first:.1f} s", file=sys.stderr, flush=True)
+        for _ in range(rounds or ARGS.rounds):
+            for name, step in steps.items():
+                results[name]["all_ms"].append(1000 * seconds(step, 10 if cuda else 1))
+    for r in results.values():
+        r |= {"ms": statistics.median(r["all_ms"]), "spread_ms": max(r["all_ms"]) - min(r["all_ms"])}
     return results
 
 
@@ -263,7 +264,6 @@ def row_1(dtypes):
     text, results = f"largest difference of their logits: {difference:.1e}", {}
     for dtype, layers in itertools.product(dtypes, range(SHAPE.n_layer, SHAPE.n_layer + GROWTHS + 1)):
         o, name = options(dtype), f"{dtype}, {layers} layers"
-        torch._dynamo.reset()
         kinds = {"transformers": theirs, "ours": ours}
         kinds = {kind: functools.partial(build, o, layers) for kind, build in kinds.items()}
         results[name] = take_turns(variants(kinds))
@@ -327,52 +327,57 @@ def row_1c(dtypes):
             train.compile_parts(objective)
         return our_loop(o, model, objective)
 
-    torch._dynamo.reset()
     kinds = {"float32": functools.partial(build, False), "bfloat16": functools.partial(build, True)}
     results = take_turns(variants(kinds))
     return table(results, "float32"), results
+
+
+def growth_pauses(o, how):
+    """Seconds at the start and at each growth: of growing, of the first step after it, of the median step."""
+    torch._dynamo.reset()
+    model, results = copy.deepcopy(base()).to(DEVICE), []
+    objective = train.Objective(model, None, False, 2.0)
+    if how == "per block":
+        train.compile_parts(objective)
+    else:
+        objective.compile(dynamic=False)
+    step = our_loop(o, model, objective)
+    for event in range(GROWTHS + 1):
+        began = time.perf_counter()
+        if event:  # what train.py does in between, but for its evaluations
+            block = grow.insert_block(model, grow.placement("upper", model.config.generation, GROWTHS))
+            if how == "per block":
+                block.compile(dynamic=False)
+            grow.freeze(model, "base")
+            step = our_loop(o, model, objective, step.optimizer)
+        sync()
+        between, first = time.perf_counter() - began, seconds(step)
+        seconds(step)
+        median = statistics.median(seconds(step) for _ in range(ARGS.rounds))
+        results.append({"between_s": between, "first_s": first, "median_s": median})
+        print(f"  {how}, event {event}: first step {first:.2f} s", file=sys.stderr, flush=True)
+    return results
 
 
 def row_2(dtypes):
     """The pause of a growth: what comes between two steps, and the first step after it, in median steps"""
     if not ARGS.can_compile:
         return "compiling is impossible here", {}
-    o, rows, results = options(dtypes[-1]), [], {}
+    rows, results = [], {}
     for how in ("per block", "whole model"):
-        torch._dynamo.reset()
-        model = copy.deepcopy(base()).to(DEVICE)
-        objective = train.Objective(model, None, False, 2.0)
-        if how == "per block":
-            train.compile_parts(objective)
-        else:
-            objective.compile(dynamic=False)
-        step, results[how] = our_loop(o, model, objective), []
-        for event in range(GROWTHS + 1):
-            began = time.perf_counter()
-            if event:  # as in train.py's grow_here and rewire; evaluations left out
-                at = grow.placement("upper", model.config.generation, GROWTHS)
-                block = grow.insert_block(model, at)
-                if how == "per block":
-                    block.compile(dynamic=False)
-                grow.freeze(model, "base")
-                step = our_loop(o, model, objective, step.optimizer)
-            sync()
-            between, first = time.perf_counter() - began, seconds(step)
-            seconds(step)
-            median = statistics.median(seconds(step) for _ in range(ARGS.rounds))
-            results[how].append({"between_s": between, "first_s": first, "median_s": median})
-            rows.append([f"{how}, {f'growth {event}' if event else 'start'}", model.config.n_layer]
-                        + [f"{1000 * between:.0f}", f"{first:.2f}", f"{1000 * median:.1f}"]
-                        + [f"{first / median:.1f}"])  # fmt: skip
-            print(f"  {rows[-1]}", file=sys.stderr, flush=True)
+        with fresh_cache():
+            results[how] = growth_pauses(options(dtypes[-1]), how)
+        for event, r in enumerate(results[how]):
+            times = [f"{1000 * r['between_s']:.0f}", f"{r['first_s']:.2f}", f"{1000 * r['median_s']:.1f}"]
+            what = f"{how}, {f'growth {event}' if event else 'start'}"
+            rows.append([what, SHAPE.n_layer + event, *times, f"{r['first_s'] / r['median_s']:.1f}"])
     head = ["event", "layers", "growing, ms", "first step, s", "median step, ms", "first / median"]
-    return f"{o.dtype}\n\n" + ev.markdown(head, rows), results
+    return f"{dtypes[-1]}\n\n" + ev.markdown(head, rows), results
 
 
 def row_3(dtypes):
     """Distillation on the training batch, 15 layers: no teacher, one sharing lower blocks, a second one"""
     o, text = options(dtypes[-1], kd_weight=1.0), dtypes[-1]
-    torch._dynamo.reset()
     kinds = {"none": None, "shared": "shared", "separate": "separate"}
     kinds = {
         kind: functools.partial(ours, o, SHAPE.n_layer + GROWTHS, distil=distil)
@@ -401,7 +406,7 @@ def row_4(dtypes):
     rows, results = [], {}
     for name, build in variants({"transformers": theirs, "ours": ours}).items():
         for batch in (128, 64, 32, 16, 8, 4):  # alone on the GPU, so that each gets its own largest
-            torch._dynamo.reset(), gc.collect(), torch.cuda.empty_cache()
+            gc.collect(), torch.cuda.empty_cache()
             o, tried = options("bfloat16", block_size=T, batch_size=batch), f"{name}, batch {batch}"
             r = take_turns({tried: functools.partial(build, o, L)}).get(tried)
             if r:
