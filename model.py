@@ -383,7 +383,8 @@ def fill(model, arrays, source):
         tensor = torch.from_numpy(np.array(array, np.float32))
         return tensor.t().contiguous() if is_linear(name) else tensor
 
-    model.load_state_dict({name: copy(name, arrays[name]) for name in wanted}, assign=True)
+    # pop: what is copied is unmapped, so that memory never holds a network twice
+    model.load_state_dict({name: copy(name, arrays.pop(name)) for name in wanted}, assign=True)
 
 
 def is_linear(name):
