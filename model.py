@@ -55,12 +55,37 @@ class GPTConfig:
             raise UserError("generation must hold one whole number >= 0 per block")
 
 
+class Linear(nn.Linear):
+    """nn.Linear with GPT-2's weights, which may be frozen and kept in a second dtype: see cast_frozen."""
+
+    def forward(self, x):
+        return F.linear(x, weight_of(self), self.bias)
+
+
+def cast_frozen(model, dtype):
+    """Autocast casts every matrix to `dtype` at every use. A frozen one stays the same, so cast it once.
+
+    The result is bitwise the same; the float32 weight stays what is saved and exported.
+    """
+    for module in model.modules():
+        if isinstance(module, (Linear, nn.Embedding)):
+            module.cast = None if module.weight.requires_grad else module.weight.detach().to(dtype)
+
+
+def weight_of(module):
+    """The matrix of a linear layer or embedding; its cast where autocast would make one."""
+    cast = getattr(module, "cast", None)
+    if cast is None or module.weight.requires_grad or not torch.is_autocast_enabled(cast.device.type):
+        return module.weight
+    return cast
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -82,8 +107,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -129,7 +154,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V). The output matrix is the token embedding."""
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return F.linear(self.ln_f(x), weight_of(self.wte))
 
     def token_loss(self, x, targets):
         """Nats per token, (B, T), of the targets given the last block's output x; 0 where a target is -1."""
@@ -218,6 +243,35 @@ def cross_entropy(logits, targets):
     """The one loss: nats per token in float32, (B, T), 0 where the target is -1."""
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
     return loss.view(targets.shape)
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Mean cross-entropy, in nats, of the logits x W^T for x (N, C), a frozen W (V, C) and targets (N,).
+
+    The gradient by the logits is (softmax - one-hot) / N, known as soon as they are: so a few rows at a time
+    go through head, loss and back to x, and the (N, V) logits, by far the largest tensor of a step, never
+    exist as a whole. (Liger Kernel, arXiv 2410.10989, section 3.2)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, weight = x.to(dtype), weight.to(dtype)
+        logits = 2**22 if device == "cpu" else 2**27  # at a time: 16 MB in float32 stay in a CPU's cache
+        rows = max(1, logits // len(weight))
+        total, ctx.dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
+        for i in range(0, len(x), rows):
+            target = targets[i : i + rows, None]  # (R, 1)
+            p = F.linear(x[i : i + rows], weight).float().log_softmax(-1)  # (R, V)
+            total -= p.gather(1, target).sum()
+            p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))  # softmax - one-hot
+            torch.mm(p.to(dtype), weight, out=ctx.dx[i : i + rows])
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.dx * (gradient / len(ctx.dx)), None, None
 
 
 def pick(logits, temperature, top_k, generator=None):

@@ -43,7 +43,7 @@ import data
 import eval as ev
 import grow
 from data import UsageError, UserError
-from model import GPT, GPTConfig, cross_entropy, read_config
+from model import GPT, FrozenHeadLoss, GPTConfig, cast_frozen, cross_entropy, read_config, weight_of
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -316,7 +316,7 @@ def make_optimizer(model, o, device, previous=None):
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": o.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
     if previous is not None:
         grow.carry_over(previous, optimizer)
     return optimizer
@@ -340,7 +340,7 @@ class Objective(nn.Module):
 
     def __init__(self, model, teacher, shared, temperature):
         super().__init__()
-        self.model, self.shared, self.temperature = model, shared, temperature
+        self.model, self.shared, self.temperature, self.compiled = model, shared, temperature, False
         self.__dict__["teacher"] = teacher  # not a submodule: DDP need not know it
 
     def forward(self, x, y):
@@ -359,12 +359,18 @@ class Objective(nn.Module):
     def losses(self, hidden, y, target):
         """From the last blocks' outputs, of the network and (unless None) of the teacher."""
         if target is None:
-            return self.model.token_loss(hidden, y).mean(), torch.zeros((), device=hidden.device)
+            return self.next_token_loss(hidden, y), torch.zeros((), device=hidden.device)
         logits = self.model.head(hidden)
         with torch.no_grad():
             wanted = self.teacher.head(target)
         kd = grow.distillation_loss(logits[-len(target) :], wanted, self.temperature)
         return cross_entropy(logits[: len(y)], y).mean(), kd
+
+    def next_token_loss(self, hidden, y):
+        model = self.model
+        if model.wte.weight.requires_grad or self.compiled:  # a compiler fuses head and loss by itself
+            return model.token_loss(hidden, y).mean()
+        return FrozenHeadLoss.apply(model.ln_f(hidden).flatten(0, 1), weight_of(model.wte), y.flatten())
 
 
 def compile_parts(objective):
@@ -377,6 +383,7 @@ def compile_parts(objective):
     for block in {*model.h, *(teacher.h if teacher else ())}:
         block.compile(dynamic=False)
     model.token_loss = torch.compile(model.token_loss, dynamic=False)
+    objective.compiled = True
     if teacher:
         objective.losses = torch.compile(objective.losses, dynamic=False)
 
@@ -683,11 +690,13 @@ def train(o):
         model = copy.deepcopy(base) if o.kd_weight and not never else base
     if o.kd_weight:
         teacher = grow.original(model) if never else base.requires_grad_(False)
+        cast_frozen(teacher, dtype)
     del base
 
     # ----- the growing network and its optimizer -----
     if o.freeze.startswith("top") or any(model.config.generation):
         grow.freeze(model, o.freeze)
+    cast_frozen(model, dtype)
     objective = Objective(model, teacher, never, o.kd_temperature)
     if use_compile:
         compile_parts(objective)
@@ -763,6 +772,7 @@ def train(o):
         if use_compile:
             block.compile(dynamic=False)
         grow.freeze(model, o.freeze)
+        cast_frozen(model, dtype)
         if not torch.equal(expected, logits(probe)):
             raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
         after, added = measure(), sum(p.numel() for p in block.parameters())

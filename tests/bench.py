@@ -42,7 +42,7 @@ from torch._inductor.utils import fresh_cache  # noqa: E402
 import eval as ev  # noqa: E402
 import grow  # noqa: E402
 import train  # noqa: E402
-from model import GPT, GPTConfig, cross_entropy, is_linear  # noqa: E402
+from model import GPT, GPTConfig, cast_frozen, cross_entropy, is_linear  # noqa: E402
 
 GROWTHS = 3
 ARGS = DEVICE = None  # set by main
@@ -192,9 +192,11 @@ def our_loop(o, model, objective, previous=None):
 
 
 def ours(o, layers, compiled=False, distil=None):
-    model = grown(layers)
+    model, dtype = grown(layers), getattr(torch, o.dtype)
     shared = distil == "shared"
     separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False) if distil == "separate" else None
+    for network in (model, separate) if separate else (model,):
+        cast_frozen(network, dtype)
     objective = train.Objective(model, grow.original(model) if shared else separate, shared, 2.0)
     if compiled:
         train.compile_parts(objective)
@@ -316,12 +318,7 @@ def row_1c(dtypes):
     def build(kept, compiled):
         model = grown(SHAPE.n_layer + GROWTHS)
         if kept:
-            for block, generation in zip(model.h, model.config.generation):
-                for m in block.modules() if generation == 0 else ():
-                    if isinstance(m, torch.nn.Linear):
-                        m.bfloat16()
-            matrix = model.wte.weight.bfloat16()  # for the head: the embedding stays as it is
-            model.head = lambda x: F.linear(model.ln_f(x), matrix)
+            cast_frozen(model, torch.bfloat16)
         objective = train.Objective(model, None, False, 2.0)
         if compiled:
             train.compile_parts(objective)
@@ -349,6 +346,7 @@ def growth_pauses(o, how):
             if how == "per block":
                 block.compile(dynamic=False)
             grow.freeze(model, "base")
+            cast_frozen(model, getattr(torch, o.dtype))
             step = our_loop(o, model, objective, step.optimizer)
         sync()
         between, first = time.perf_counter() - began, seconds(step)

@@ -126,27 +126,30 @@ def test_sampling_adds_no_graph(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("dtype, freeze, tolerance", [("float32", "none", 1e-4), ("bfloat16", "base", 3e-2)])
 def test_compiled_run_grows_exactly_and_is_that_of_an_eager_one(
-    text, tmp_path, monkeypatch, dtype, tolerance
+    text, tmp_path, monkeypatch, dtype, freeze, tolerance
 ):
     """Fused kernels round differently from eager ones, but growth must still not change one bit."""
-    small = {**TINY, "n_layer": 2, "max_growths": 2, "max_steps": 6, "dataset": text, "retain": "none"}
-    freeze, insert, probe, logits = grow.freeze, grow.insert_block, torch.arange(128).view(4, 32), []
+    small = {**TINY, "n_layer": 2, "max_growths": 1, "max_steps": 4, "dataset": text, "retain": "none"}
+    small |= {"dtype": dtype, "freeze": freeze}
+    insert, frozen, probe, logits = grow.insert_block, grow.freeze, torch.arange(128).view(4, 32), []
 
     @torch.no_grad()
     def note(model):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             logits.append(model(probe)[0])
 
+    def after(model, policy):
+        frozen(model, policy)
+        note(model)
+        assert {block._compiled_call_impl is not None for block in model.h} == {out == "compiled"}
+
     monkeypatch.setattr(grow, "insert_block", lambda model, *args: (note(model), insert(model, *args))[1])
-    monkeypatch.setattr(grow, "freeze", lambda model, *args: (freeze(model, *args), note(model)))
+    monkeypatch.setattr(grow, "freeze", after)
     for out, compile in (("eager", "0"), ("compiled", "1")):
-        train.train(
-            train.Options(**{**small, "dtype": dtype, "compile": compile, "out": f"{tmp_path}/{out}"})
-        )
-        assert len(logits) == 4 and torch.equal(logits[0], logits[1]) and torch.equal(logits[2], logits[3])
-        assert not torch.equal(logits[1], logits[2])  # it did learn in between
+        train.train(train.Options(**{**small, "compile": compile, "out": f"{tmp_path}/{out}"}))
+        assert len(logits) == 2 and torch.equal(*logits)
         logits.clear()
     eager, compiled = (ev.read_run(tmp_path / out) for out in ("eager", "compiled"))
     assert "compile 1: asked for" in compiled["header"]["machine"]
@@ -154,17 +157,13 @@ def test_compiled_run_grows_exactly_and_is_that_of_an_eager_one(
         assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
     assert [e["learn_before"] for e in compiled["event"]] == [e["learn_after"] for e in compiled["event"]]
 
-    names = set(GPT(GPTConfig(data.BYTES, 32, 2, 32, (0,) * 4)).state_dict())
+    names = set(GPT(GPTConfig(data.BYTES, 32, 2, 32, (0,) * 3)).state_dict())
     for name in ("ckpt.pt", "best.pt"):
         saved = train.load_checkpoint(tmp_path / "compiled" / name)
         assert set(saved["model"]) <= names and not any("_orig_mod" in key for key in saved["model"])
-    for file in (tmp_path / "compiled").rglob("*"):
-        assert not file.is_file() or not {b"_orig_mod", b"module."} & set_of_names(file.read_bytes()), file
+    for file in (tmp_path / "compiled").rglob("*.*"):
+        assert not file.is_file() or b"_orig_mod" not in file.read_bytes(), file
     assert GPT.from_pretrained(tmp_path / "compiled/model").config.generation.count(0) == 2
-
-
-def set_of_names(raw):
-    return {word for word in (b"_orig_mod", b"module.") if word in raw}
 
 
 def test_where_compiling_is_impossible_the_run_goes_on(text, tmp_path, monkeypatch, capsys):

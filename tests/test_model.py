@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FIXTURES, ROOT, SHARED, needs_tiktoken
 from openai_format import write_openai_checkpoint
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import data
 import grow
 import model as m
+import train
 from model import GPT, GPTConfig
 
 SHAPES = [
@@ -55,6 +57,72 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape):
     for name, p in ours.named_parameters():
         grad = named[name].grad
         assert torch.allclose(p.grad, grad.t() if m.is_linear(name) else grad, atol=1e-5), name
+
+
+def test_with_a_frozen_base_loss_and_gradients_are_those_of_transformers():
+    """What training then takes is another path: head, loss and back a few rows at a time."""
+    ours, theirs = pair(100_000, 64, 2, 16, 2)  # a vocabulary so large that two rows of 63 are three portions
+    for network in (ours, theirs.transformer):
+        network.requires_grad_(False)
+        network.h[1].requires_grad_(True)
+    idx = torch.randint(100_000, (2, 64))
+    loss, _ = train.Objective(ours, None, False, 1.0)(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+    reference = theirs(idx, labels=idx).loss
+    assert abs(loss - reference) < 1e-5
+    loss.backward(), reference.backward()
+    named = dict(theirs.transformer.named_parameters())
+    for name, p in ours.named_parameters():
+        grad = named[name].grad
+        if p.requires_grad:
+            assert torch.allclose(p.grad, grad.t() if m.is_linear(name) else grad, atol=1e-5), name
+        else:
+            assert p.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_of_a_frozen_head_is_torchs(dtype):
+    """And so is its gradient, scaled as a loss scaler would, with the logits rounded by autocast."""
+    torch.manual_seed(0)
+    x, weight, y = torch.randn(200, 8), torch.randn(60_000, 8), torch.randint(60_000, (200,))
+    results = []
+    for ours in (True, False):
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            plain = F.linear(x.requires_grad_(), weight).float()
+            loss = m.FrozenHeadLoss.apply(x, weight, y) if ours else F.cross_entropy(plain, y)
+        (1000 * loss).backward()
+        results.append((loss.detach(), x.grad))
+    for one, other in zip(*results):
+        assert (one - other).norm() <= (5e-3 if dtype == torch.bfloat16 else 1e-5) * other.norm()
+
+
+def test_a_cast_kept_for_frozen_matrices_changes_no_bit():
+    """Logits and gradients under autocast, float32 elsewhere, what is saved, and blocks inserted later."""
+    ours, _ = pair(61, 16, 2, 8, 3)
+    idx = torch.randint(61, (2, 16))
+    grow.insert_block(ours, 2)
+    grow.freeze(ours, "base")
+
+    def everything():
+        ours.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = ours(idx)[0]
+        logits.float().sum().backward()
+        gradients = [p.grad.clone() for p in grow.trainable(ours)]
+        return [logits.detach(), ours(idx)[0].detach(), *gradients, *ours.state_dict().values()]
+
+    names, before = list(ours.state_dict()), everything()
+    m.cast_frozen(ours, torch.bfloat16)
+    assert ours.h[0].mlp.c_fc.cast.dtype == ours.wte.cast.dtype == torch.bfloat16
+    assert ours.h[2].mlp.c_fc.cast is None  # it trains: a cast would be out of date
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert list(ours.state_dict()) == names
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        grow.insert_block(ours, 1)  # a copy of a block with casts
+        assert torch.equal(ours(idx)[0], before[0])
+        ours.requires_grad_(True)  # what trains again, trains for real
+        ours.wte.weight += 1
+        assert not torch.equal(ours(idx)[0], before[0])
 
 
 def test_logits_of_the_124m_shape_are_those_of_transformers():
