@@ -15,6 +15,7 @@ import json
 import math
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -240,38 +241,11 @@ def init_parameter(name, p, n_layer):
 
 
 def cross_entropy(logits, targets):
-    """The one loss: nats per token in float32, (B, T), 0 where the target is -1."""
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    """The one loss: nats per token in float32, shaped as targets (...), 0 where the target is -1."""
+    loss = F.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none"
+    )
     return loss.view(targets.shape)
-
-
-class FrozenHeadLoss(torch.autograd.Function):
-    """Mean cross-entropy, in nats, of the logits x W^T for x (N, C), a frozen W (V, C) and targets (N,).
-
-    The gradient by the logits is (softmax - one-hot) / N, known as soon as they are: so a few rows at a time
-    go through head, loss and back to x, and the (N, V) logits, by far the largest tensor of a step, never
-    exist as a whole. (Liger Kernel, arXiv 2410.10989, section 3.2)
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, weight = x.to(dtype), weight.to(dtype)
-        logits = 2**22 if device == "cpu" else 2**27  # at a time: 16 MB in float32 stay in a CPU's cache
-        rows = max(1, logits // len(weight))
-        total, ctx.dx = x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
-        for i in range(0, len(x), rows):
-            target = targets[i : i + rows, None]  # (R, 1)
-            p = F.linear(x[i : i + rows], weight).float().log_softmax(-1)  # (R, V)
-            total -= p.gather(1, target).sum()
-            p.exp_().scatter_add_(1, target, p.new_full(target.shape, -1))  # softmax - one-hot
-            torch.mm(p.to(dtype), weight, out=ctx.dx[i : i + rows])
-        return total / len(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.dx * (gradient / len(ctx.dx)), None, None
 
 
 def pick(logits, temperature, top_k, generator=None):
@@ -433,12 +407,15 @@ def fill(model, arrays, source):
             need = wanted.get(name, "no such tensor")
             raise UserError(f"{source}: tensor {name}: {found}, where the model has {need}")
 
-    def copy(name, array):  # a copy, because the file may be unaligned, or go away
-        tensor = torch.from_numpy(np.array(array, np.float32))
-        return tensor.t().contiguous() if is_linear(name) else tensor
+    def copy(name, array):  # never the mapped file itself: it may go away
+        tensor = torch.from_numpy(array if array.flags.aligned else np.array(array))
+        tensor = tensor.t() if is_linear(name) else tensor
+        return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     # pop: what is copied is unmapped, so that memory never holds a network twice
-    model.load_state_dict({name: copy(name, arrays.pop(name)) for name in wanted}, assign=True)
+    with ThreadPoolExecutor() as pool:
+        tensors = pool.map(lambda name: copy(name, arrays.pop(name)), wanted)
+        model.load_state_dict(dict(zip(wanted, tensors)), assign=True)
 
 
 def is_linear(name):

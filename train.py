@@ -11,11 +11,11 @@ It writes RUN/metrics.jsonl (everything measured), ckpt.pt (to resume from), bes
 loss) and model/ (the result in Hugging Face's format, with its card). Read model.py and grow.py first."""
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -43,7 +43,7 @@ import data
 import eval as ev
 import grow
 from data import UsageError, UserError
-from model import GPT, FrozenHeadLoss, GPTConfig, cast_frozen, cross_entropy, read_config, weight_of
+from model import GPT, GPTConfig, cast_frozen, cross_entropy, read_config
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -134,32 +134,13 @@ HARMLESS = {"out", "resume", "device", "dtype", "compile", "profile", "log_every
 
 def parse(argv):
     """Command line -> Options: presets, then --name=value. Raises UsageError, one sentence."""
-    presets = "\n".join(
-        f"  {name}: {' '.join(f'--{k}={v}' for k, v in values.items()) or 'the defaults'}"
-        for name, values in PRESETS.items()
-    )
-    parser = ev.Parser(
-        "train.py",
-        usage="python train.py [card|demo|best ...] [--option=value ...]",
-        description=f"{__doc__}\nPresets:\n{presets}",
-    )
-    without_value = {"resume": {"nargs": "?", "const": "yes"}, "profile": {"nargs": "?", "const": 1}}
-    names = [f.name for f in dataclasses.fields(Options)]
-    for f in dataclasses.fields(Options):
-        choices = ", ".join(f.metadata["allowed"]) if f.type is str else ""
-        text = "; ".join(part for part in (f.metadata["help"], choices) if part) + f" [{f.default}]"
-        more = without_value.get(f.name, {})
-        parser.add_argument(
-            f"--{f.name}", type=f.type, metavar="", default=argparse.SUPPRESS, help=text, **more
-        )
     words = argv[: next((i for i, a in enumerate(argv) if a.startswith("-")), len(argv))]
-    given, unknown = parser.parse_known_args(argv[len(words) :])
+    given, unknown = option_parser().parse_known_args(argv[len(words) :])
     for word in words:
         if word not in PRESETS:
-            raise UsageError(
-                f"unknown preset {word!r}: give {', '.join(PRESETS)}, then options as --name=value"
-            )
+            raise UsageError(f"unknown preset {word!r}: give {', '.join(PRESETS)}, then --name=value ...")
     if unknown:
+        names = [f.name for f in dataclasses.fields(Options)]
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1)
         hint = f"did you mean --{near[0]}?" if near else "python train.py --help lists them"
         raise UsageError(f"unknown option {unknown[0]!r}: {hint}")
@@ -172,34 +153,62 @@ def parse(argv):
     return Options(**merged)
 
 
+def option_parser():
+    def words(values):
+        return " ".join(f"--{k}={v}" for k, v in values.items()) or "the defaults"
+
+    presets = "\n".join(f"  {name}: {words(values)}" for name, values in PRESETS.items())
+    usage = "python train.py [card|demo|best ...] [--option=value ...]"
+    parser = ev.Parser("train.py", usage=usage, description=f"{__doc__}\nPresets:\n{presets}")
+    without_value = {"resume": {"nargs": "?", "const": "yes"}, "profile": {"nargs": "?", "const": 1}}
+    for f in dataclasses.fields(Options):
+        choices = ", ".join(f.metadata["allowed"]) if f.type is str else ""
+        text = "; ".join(part for part in (f.metadata["help"], choices) if part) + f" [{f.default}]"
+        more = {"type": f.type, "help": text, "metavar": "", **without_value.get(f.name, {})}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **more)
+    return parser
+
+
 def check(o, world=1):
     """Refuse options out of range and senseless combinations before anything is downloaded or computed."""
+    check_ranges(o)
+    check_machine(o, world)
+    check_growth(o, check_network(o).n_layer)
+    check_keeping(o)
 
-    def need(condition, sentence):
-        if not condition:
-            raise UsageError(sentence)
 
+def need(condition, sentence):
+    if not condition:
+        raise UsageError(sentence)
+
+
+def check_ranges(o):
     for f in dataclasses.fields(o):
         value, allowed = getattr(o, f.name), f.metadata["allowed"]
         if f.type is str:
             need(not allowed or value in allowed, f"--{f.name}={value} is none of {', '.join(allowed)}")
         else:
-            need(
-                math.isfinite(value) and value >= allowed[0],
-                f"--{f.name}={value} must be at least {allowed[0]}",
-            )
+            fits = math.isfinite(value) and value >= allowed[0]
+            need(fits, f"--{f.name}={value} must be at least {allowed[0]}")
     need(o.kd_temperature > 0, "--kd_temperature must be above 0")
     need(o.dropout < 1 and o.replay < 1, "--dropout and --replay must be below 1")
     need(o.seed < 2**32, "--seed must be below 2**32")
     need(o.profile == 0 or o.max_steps >= 15, "--profile traces steps 5 to 15: give more --max_steps")
+
+
+def check_machine(o, world):
+    for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        there = o.device != name or backend.is_available()
+        need(there, f"--device={name}, but torch sees none: use --device=auto")
     need(o.dropout == 0 or world == 1, "--dropout would differ between processes: use one, or --dropout=0")
     need(not o.pretrain_steps or 16 % world == 0, "--pretrain_steps needs 1, 2, 4, 8 or 16 processes")
-    for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
-        need(
-            o.device != name or backend.is_available(),
-            f"--device={name}, but torch sees none: use --device=auto",
-        )
+    for name in batch_sizes(o):
+        value = getattr(o, name)
+        need(value % world == 0, f"--{name}={value} must be a multiple of the {world} processes")
 
+
+def check_network(o):
+    """The shape of the network to start from."""
     if o.init == "scratch":
         config = scratch_config(o)
         old = o.retain not in ("none", "auto")
@@ -207,23 +216,23 @@ def check(o, world=1):
     else:
         config = read_config(o.init)
         need(not o.pretrain_steps, "--pretrain_steps is for --init=scratch: other networks are pretrained")
-    L, limit, rows = config.n_layer, config.block_size, o.batch_size * o.grad_accum
+    limit = config.block_size
     need(o.block_size <= limit, f"--block_size={o.block_size} is over the model's {limit}: lower it")
     data.tokenizer_name(config.vocab_size)
     for name in {o.dataset, o.retain} - {"auto", "none"}:
         data.check_name(name)
-    need(
-        o.dataset not in ("auto", "none"),
-        "--dataset must name a text: wikitext2, webtext, docs, code or a file",
-    )
+    named = o.dataset not in ("auto", "none")
+    need(named, "--dataset must name a text: wikitext2, webtext, docs, code or a file")
+    return config
+
+
+def check_growth(o, L):
     top = o.freeze.removeprefix("top")
-    known = o.freeze in ("base", "older", "none") or (
-        top.isdecimal() and o.freeze == f"top{top}" and 0 < int(top) <= L
-    )
+    is_top = o.freeze == f"top{top}" and top.isdecimal() and 0 < int(top) <= L
+    known = o.freeze in ("base", "older", "none") or is_top
     need(known, f"--freeze={o.freeze} is none of base, older, none, top1 to top{L}")
     known = o.where in ("spread", "upper", "top", "bottom") or (o.where.isdecimal() and int(o.where) <= L)
     need(known, f"--where={o.where} is none of spread, upper, top, bottom, and no index from 0 to {L}")
-
     if o.max_growths and o.trigger == "schedule":
         late = f"the first growth is due at step {first_growth(o)}, after --max_steps={o.max_steps}"
         need(first_growth(o) <= o.max_steps, f"{late}: lower --grow_every, or give --max_growths=0")
@@ -231,23 +240,23 @@ def check(o, world=1):
         span = f"--eval_every={o.eval_every}, --patience={o.patience}, --max_steps={o.max_steps}"
         fits = o.eval_every <= o.patience < o.max_steps
         need(fits, f"a plateau needs evaluations within its patience and steps beyond it, not {span}")
+
+
+def check_keeping(o):
+    weighs = not o.ewc_lambda or not originals_never_train(o)
     never = "with --first_growth=0 and a frozen base the originals never train"
-    need(
-        not o.ewc_lambda or not originals_never_train(o),
-        f"--ewc_lambda would weigh nothing: {never}; drop it",
-    )
+    need(weighs, f"--ewc_lambda would weigh nothing: {never}; drop it")
     for name in ("ewc_lambda", "replay", *(["kd_weight"] if o.kd_on == "retain" else [])):
         need(not getattr(o, name) or o.retain != "none", f"--{name} needs old text: name it with --retain")
     need(not o.kd_weight or not o.dropout, "distillation shares blocks with its teacher: use --dropout=0")
-    need(
-        not o.replay or 0 < round(o.replay * rows) < rows,
-        f"--replay={o.replay} of {rows} rows is none or all of them",
-    )
-    for name in ("batch_size", "kd_rows") if o.kd_weight and o.kd_on != "train" else ("batch_size",):
-        need(
-            getattr(o, name) % world == 0,
-            f"--{name}={getattr(o, name)} must be a multiple of the {world} processes",
-        )
+    rows = o.batch_size * o.grad_accum
+    some = not o.replay or 0 < round(o.replay * rows) < rows
+    need(some, f"--replay={o.replay} of {rows} rows is none or all of them")
+
+
+def batch_sizes(o):
+    """Names of the options that say how many rows a micro-step has."""
+    return ["batch_size", "kd_rows"] if o.kd_weight and o.kd_on != "train" else ["batch_size"]
 
 
 def first_growth(o):
@@ -334,43 +343,88 @@ def learning_rate(o, step):
 class Objective(nn.Module):
     """The loss of one micro-batch, as a module so that DistributedDataParallel can wrap it.
 
-    forward(x (B + K, T), y (B, T)) -> next-token loss and distillation loss, scalars in nats per token.
-    The last K rows of x have no targets: the network is only distilled on them. With K = 0 it is distilled
-    on x itself."""
+    forward(x (B + K, T), y (B, T)) -> (3,), in nats per token: the loss to minimise and, for the log, its two
+    parts, next-token loss and distillation loss. The last K rows of x have no targets: the network is only
+    distilled on them. With K = 0 it is distilled on x itself.
+    """
 
-    def __init__(self, model, teacher, shared, temperature):
+    def __init__(self, model, teacher=None, shared=False, kd_weight=0.0, temperature=1.0):
         super().__init__()
-        self.model, self.shared, self.temperature, self.compiled = model, shared, temperature, False
+        self.model, self.shared, self.kd_weight, self.temperature = model, shared, kd_weight, temperature
         self.__dict__["teacher"] = teacher  # not a submodule: DDP need not know it
+        self.portions = True  # whether logits of a frozen head are taken in portions (InPortions)
 
     def forward(self, x, y):
+        B = len(y)
         if self.teacher is None:
-            return self.losses(self.model.run(self.model.embed(x)), y, None)
-        # Up to the lowest grown block a shared teacher is the network itself: compute that part once.
+            return self.of_rows(self.model.run(self.model.embed(x)), None, y)
+        if len(x) == B:
+            return self.of_rows(*self.run_both(x, 0), y)
+        hidden, target = self.run_both(x, B)
+        return self.of_rows(hidden[:B], None, y) + self.of_rows(hidden[B:], target, None)
+
+    def run_both(self, x, first):
+        """Last blocks' outputs, of the network on all rows of x and of the teacher from row `first` on.
+
+        Up to the lowest grown block a shared teacher is the network itself: that part is computed once.
+        """
         grown = [i for i, g in enumerate(self.model.config.generation) if g > 0]
         fork = (grown or [self.model.config.n_layer])[0] if self.shared else 0
         below = self.model.run(self.model.embed(x), stop=fork)
-        distilled = slice(len(y) if len(x) > len(y) else 0, None)
         with torch.no_grad():
-            start = below[distilled].detach() if self.shared else self.teacher.embed(x[distilled])
+            start = below[first:].detach() if self.shared else self.teacher.embed(x[first:])
             target = self.teacher.run(start, start=fork)
-        return self.losses(self.model.run(below, start=fork), y, target)
+        return self.model.run(below, start=fork), target
 
-    def losses(self, hidden, y, target):
-        """From the last blocks' outputs, of the network and (unless None) of the teacher."""
+    def of_rows(self, hidden, target, y):
+        """Losses (3,) of rows that all have targets y (B, T), or a teacher's output (B, T, C), or both."""
+        rows = [t if t is None else t.flatten(0, 1) for t in (hidden, target, y)]
+        if self.model.wte.weight.requires_grad or not self.portions:
+            return self.losses(*rows)
+        size = max(1, PORTION[hidden.device.type] // self.model.config.vocab_size)
+        return InPortions.apply(self.losses, size, *rows)
+
+    def losses(self, hidden, target, y):
+        """The same, of tokens: hidden (N, C), target (N, C) or None, y (N,) or None."""
+        logits, nothing = self.model.head(hidden), torch.zeros((), device=hidden.device)
+        nll = nothing if y is None else cross_entropy(logits, y).mean()
         if target is None:
-            return self.next_token_loss(hidden, y), torch.zeros((), device=hidden.device)
-        logits = self.model.head(hidden)
-        with torch.no_grad():
-            wanted = self.teacher.head(target)
-        kd = grow.distillation_loss(logits[-len(target) :], wanted, self.temperature)
-        return cross_entropy(logits[: len(y)], y).mean(), kd
+            kd = nothing
+        else:
+            with torch.no_grad():
+                wanted = self.teacher.head(target)
+            kd = grow.distillation_loss(logits, wanted, self.temperature)
+        return torch.stack([nll + self.kd_weight * kd, nll.detach(), kd.detach()])
 
-    def next_token_loss(self, hidden, y):
-        model = self.model
-        if model.wte.weight.requires_grad or self.compiled:  # a compiler fuses head and loss by itself
-            return model.token_loss(hidden, y).mean()
-        return FrozenHeadLoss.apply(model.ln_f(hidden).flatten(0, 1), weight_of(model.wte), y.flatten())
+
+PORTION = collections.defaultdict(lambda: 2**27, cpu=2**23)  # logits at a time: 32 MB in float32 on a CPU
+
+
+class InPortions(torch.autograd.Function):
+    """loss(x, ...)[0], a mean over the rows of x (N, C), with its gradient by x, a few rows at a time.
+
+    For a loss through a frozen head. Its (N, V) logits are by far the largest tensor of a step; taking each
+    portion through head, loss and back before the next, they never exist as a whole, and a portion of them
+    stays near a CPU's cache. (Liger Kernel, arXiv 2410.10989, section 3.2; a compiler fuses the whole by
+    itself, so compile_parts turns this off.)
+    """
+
+    @staticmethod
+    def forward(ctx, loss, size, x, *others):
+        total, ctx.dx = 0, torch.empty_like(x)
+        for i in range(0, len(x), size):
+            rows = slice(i, i + size)
+            with torch.enable_grad():
+                portion = x[rows].detach().requires_grad_()
+                losses = loss(portion, *(t if t is None else t[rows] for t in others))
+                losses = losses * len(portion) / len(x)
+                (ctx.dx[rows],) = torch.autograd.grad(losses[0], portion)
+            total += losses.detach()
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, gradient[0] * ctx.dx, *[None] * 2
 
 
 def compile_parts(objective):
@@ -382,10 +436,8 @@ def compile_parts(objective):
     model, teacher = objective.model, objective.teacher
     for block in {*model.h, *(teacher.h if teacher else ())}:
         block.compile(dynamic=False)
-    model.token_loss = torch.compile(model.token_loss, dynamic=False)
-    objective.compiled = True
-    if teacher:
-        objective.losses = torch.compile(objective.losses, dynamic=False)
+    model.token_loss = torch.compile(model.token_loss, dynamic=False)  # for evaluation
+    objective.losses, objective.portions = torch.compile(objective.losses, dynamic=False), False
 
 
 def count_flops(objective, x, y):
@@ -398,18 +450,20 @@ def count_flops(objective, x, y):
 
     def count(rows):
         with FlopCounterMode(display=False) as counter:
-            torch.autograd.grad(sum(objective(rows, y[:1])), grow.trainable(objective.model))
+            torch.autograd.grad(objective(rows, y[:1])[0], grow.trainable(objective.model))
         return counter.get_total_flops()
 
-    # Eagerly, and with plain matrix products for attention: the counter does not know every fused kernel.
+    # Eagerly, in one piece, and with plain matrix products for attention: the counter does not know every
+    # fused kernel.
+    portions, objective.portions = objective.portions, False
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
         if len(x) == len(y):
-            return len(y) * count(x[:1])
-        one, two = (
-            count(x[[0, -1]]),
-            count(x[[0, -1, -1]]),
-        )  # one learned row, with one and two distilled ones
-    return len(y) * (2 * one - two) + (len(x) - len(y)) * (two - one)
+            flops = len(y) * count(x[:1])
+        else:
+            one, two = count(x[[0, -1]]), count(x[[0, -1, -1]])  # a learned row, and one or two distilled
+            flops = len(y) * (2 * one - two) + (len(x) - len(y)) * (two - one)
+    objective.portions = portions
+    return flops
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -459,7 +513,7 @@ class Log:
     """metrics.jsonl. A checkpoint holds its length; resuming cuts it there, so no row is lost or doubled."""
 
     def __init__(self, path, length, writes):
-        self.file = open(path if writes else os.devnull, "ab")
+        self.file, self.writes = open(path if writes else os.devnull, "ab"), writes
         if writes and self.file.tell() < length:
             raise UserError(f"{path} is shorter than when the checkpoint was made: restore it, or start anew")
         if writes:
@@ -470,8 +524,27 @@ class Log:
         self.file.flush()
 
     def length(self):
+        if not self.writes:
+            return 0
         os.fsync(self.file.fileno())
         return self.file.seek(0, os.SEEK_END)
+
+
+def find_checkpoint(o):
+    """The checkpoint to go on from, or None for a new run. Refuses a folder that does not fit --resume."""
+    out = Path(o.out)
+    saved, log, model = ((out / name).exists() for name in ("ckpt.pt", "metrics.jsonl", "model"))
+    if o.resume == "no":
+        need(not saved and not log, f"{out} holds a run: continue it with --resume, or give another --out")
+        return None
+    if o.resume == "yes":
+        need(log, f"nothing to resume in {out}: leave --resume out, or name the run's folder with --out")
+    if not saved:
+        need(not model, f"{out} holds a finished run without its ckpt.pt: give another --out")
+        return None
+    checkpoint = load_checkpoint(out / "ckpt.pt")
+    compare_options(o, checkpoint["options"])
+    return checkpoint
 
 
 def prepare_folder(o, parameters):
@@ -627,7 +700,7 @@ def micro_batches(o, learn, retain, dreams, step, device, rank=0, world=1):
 class Clock:
     """Seconds spent training: it stands while the run evaluates, grows and saves."""
 
-    def __init__(self, device, seconds=0.0):
+    def __init__(self, device, seconds):
         self.device, self.seconds, self.since = device, seconds, None
 
     def go(self):
@@ -641,308 +714,382 @@ class Clock:
         self.since = None
 
 
-def train(o):
-    """Run `o` to its end, or to where a signal stops it."""
-    # ----- where -----
-    began, out = time.perf_counter(), Path(o.out)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda *words, **more: None
-    if o.resume == "no" and ((out / "ckpt.pt").exists() or (out / "metrics.jsonl").exists()):
-        raise UsageError(f"{out} holds a run: continue it with --resume, or give another --out")
-    if o.resume == "yes" and not (out / "metrics.jsonl").exists():
-        raise UsageError(
-            f"nothing to resume in {out}: leave --resume out, or name the run's folder with --out"
-        )
-    device, dtype, use_compile, reasons = choose_machine(o)
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+def count(parameters):
+    return sum(p.numel() for p in parameters)
 
-    # ----- the pretrained network, the two domains, and the checkpoint -----
-    base = start_model(o)
-    identity, config = fingerprint(base), copy.copy(base.config)
-    learn = data.load(o.dataset, config.vocab_size, o.block_size, o.bad_utf8)
-    retain, retain_name = load_retained(o, config.vocab_size)
-    size = sum(p.numel() for p in base.parameters())
-    if rank == 0:
-        prepare_folder(o, size)
-    saved = load_checkpoint(out / "ckpt.pt") if o.resume != "no" and (out / "ckpt.pt").exists() else None
-    if not saved and o.resume != "no" and (out / "model").exists():
-        raise UsageError(f"{out} holds a finished run without its ckpt.pt: give another --out")
-    if saved:
-        compare_options(o, saved["options"])
-        if saved["init"] != identity:
-            raise UserError(
-                f"{out} was started from other weights than {o.init} holds now: restore those to resume"
-            )
-    base.to(device)
 
-    # ----- what keeps the old: EWC's anchor, dreams, the teacher -----
-    ewc = dreams = teacher = None
-    if o.ewc_lambda:
-        rows = (data.batch(retain["train"], o.block_size, 8, i, o.seed)[0] for i in range(o.ewc_batches))
-        ewc = grow.EWC(base, (x.to(device) for x in rows), torch.Generator(device).manual_seed(o.seed))
-    if o.kd_weight and o.kd_on == "dream":
-        dreams = dream(base, o, device, identity)
-    never = originals_never_train(o)  # then the pretrained network stays alive inside the growing one
-    if saved:
-        model = GPT(GPTConfig(**saved["model_config"])).to(device)
-        model.load_state_dict(saved["model"])
-    else:
-        model = copy.deepcopy(base) if o.kd_weight and not never else base
-    if o.kd_weight:
-        teacher = grow.original(model) if never else base.requires_grad_(False)
-        cast_frozen(teacher, dtype)
-    del base
+class Run:
+    """What the loop (`train`, below) has at hand and does: measure, grow, step, report, save."""
 
-    # ----- the growing network and its optimizer -----
-    if o.freeze.startswith("top") or any(model.config.generation):
-        grow.freeze(model, o.freeze)
-    cast_frozen(model, dtype)
-    objective = Objective(model, teacher, never, o.kd_temperature)
-    if use_compile:
-        compile_parts(objective)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    batches = functools.partial(
-        micro_batches, o, learn, retain, dreams, device=device, rank=rank, world=world
-    )
+    def __init__(self, o):
+        self.o, self.out, self.began = o, Path(o.out), time.perf_counter()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        saved = find_checkpoint(o)
+        self.device, self.dtype, self.compiles, self.machine = choose_machine(o)
+        base = start_model(o)
+        self.identity, self.base_layers = fingerprint(base), base.config.n_layer
+        size = count(base.parameters())
+        if saved and saved["init"] != self.identity:
+            raise UserError(f"{o.out} was started from other weights than {o.init} holds now: restore those")
+        self.learn = data.load(o.dataset, base.config.vocab_size, o.block_size, o.bad_utf8)
+        self.retain, self.retain_name = load_retained(o, base.config.vocab_size)
+        if self.rank == 0:
+            prepare_folder(o, size)
+        self.prepare_networks(base.to(self.device), saved)
+        self.prepare_training(saved)
+        self.log = Log(self.out / "metrics.jsonl", saved["log_bytes"] if saved else 0, self.rank == 0)
+        self.introduce(size, saved)
+        self.resumed = saved is not None
 
-    def rewire(previous=None):
+    def say(self, *lines):
+        if self.rank == 0:
+            print(*lines, sep="\n", flush=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def batches(self, step):
+        texts = self.learn, self.retain, self.dreams
+        return micro_batches(self.o, *texts, step, self.device, self.rank, self.world)
+
+    # ----- setting up -----
+
+    def prepare_networks(self, base, saved):
+        """The growing network, and what keeps the old: EWC's anchor, dreams, the teacher."""
+        o, self.ewc, self.dreams, self.teacher = self.o, None, None, None
+        if o.ewc_lambda:
+            text, steps = self.retain["train"], range(o.ewc_batches)
+            rows = (data.batch(text, o.block_size, 8, i, o.seed)[0].to(self.device) for i in steps)
+            self.ewc = grow.EWC(base, rows, torch.Generator(self.device).manual_seed(o.seed))
+        if o.kd_weight and o.kd_on == "dream":
+            self.dreams = dream(base, o, self.device, self.identity)
+        self.shared = originals_never_train(o)  # the pretrained network stays alive inside the growing one
+        if saved:
+            self.model = GPT(GPTConfig(**saved["model_config"])).to(self.device)
+            self.model.load_state_dict(saved["model"])
+        else:
+            self.model = copy.deepcopy(base) if o.kd_weight and not self.shared else base
+        if o.kd_weight:
+            self.teacher = grow.original(self.model) if self.shared else base.requires_grad_(False)
+            cast_frozen(self.teacher, self.dtype)
+        if o.freeze.startswith("top") or any(self.model.config.generation):
+            grow.freeze(self.model, o.freeze)
+        cast_frozen(self.model, self.dtype)
+        self.model.train()
+
+    def prepare_training(self, saved):
+        """Objective, optimizer, trigger and counters, as they were where a checkpoint was made."""
+        o = self.o
+        self.objective = Objective(self.model, self.teacher, self.shared, o.kd_weight, o.kd_temperature)
+        if self.compiles:
+            compile_parts(self.objective)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.rewire()
+        plateau = grow.Plateau(o.patience, o.min_delta)
+        schedule = grow.Schedule(o.grow_every, first_growth(o))
+        self.trigger = schedule if o.trigger == "schedule" else plateau
+        self.step, self.flops, self.seconds, self.best, train_seconds = 0, 0, 0.0, math.inf, 0.0
+        if saved:
+            self.step, self.flops, self.seconds = saved["step"], saved["flops"], saved["seconds"]
+            train_seconds = saved["train_seconds"]
+            grow.load_optimizer_state(self.model, self.optimizer, saved["optimizer"])
+            if saved["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(saved["scaler"])
+            vars(self.trigger).update(saved["trigger"])
+            if (self.out / "best.pt").exists():
+                self.best = load_checkpoint(self.out / "best.pt")["loss"]
+        self.clock, self.reported = Clock(self.device, train_seconds), train_seconds
+        self.pending = []  # losses still on the device: fetched per log line, not per step
+
+    def rewire(self, previous=None):
         """Optimizer, DDP and cost for what trains now. DDP fixes its parameters when built: build it anew."""
-        wrapped = DistributedDataParallel(objective) if world > 1 else objective
-        cost = world * o.grad_accum * count_flops(objective, *batches(0)[0])
-        return make_optimizer(model, o, device, previous), wrapped, cost
+        self.optimizer = make_optimizer(self.model, self.o, self.device, previous)
+        self.wrapped = DistributedDataParallel(self.objective) if self.world > 1 else self.objective
+        micro_step = count_flops(self.objective, *self.batches(0)[0])
+        self.step_flops = self.world * self.o.grad_accum * micro_step
 
-    optimizer, wrapped, step_flops = rewire()
-    plateau = grow.Plateau(o.patience, o.min_delta)
-    trigger = grow.Schedule(o.grow_every, first_growth(o)) if o.trigger == "schedule" else plateau
-    step, flops, elapsed, clock, best = 0, 0, 0.0, Clock(device), math.inf
-    if saved:
-        step, flops, elapsed, clock.seconds = (
-            saved[k] for k in ("step", "flops", "seconds", "train_seconds")
-        )
-        grow.load_optimizer_state(model, optimizer, saved["optimizer"])
-        if saved["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(saved["scaler"])
-        vars(trigger).update(saved["trigger"])
-        best = load_checkpoint(out / "best.pt")["loss"] if (out / "best.pt").exists() else math.inf
-    log = Log(out / "metrics.jsonl", saved["log_bytes"] if saved else 0, rank == 0)
+    def introduce(self, size, saved):
+        o, domains = self.o, {"learn": self.learn, "retain": self.retain or {}}
+        tokens = {name: {k: len(v) for k, v in splits.items()} for name, splits in domains.items()}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        if not saved:
+            self.log.write(
+                "header", command=shlex.join(["python", "train.py", *sys.argv[1:]]), config=asdict(o),
+                versions=versions, machine=self.machine, processes=self.world, init_sha256=self.identity,
+                layers=self.base_layers, parameters=size, tokens=tokens,
+                vocab_size=self.model.config.vocab_size,
+            )  # fmt: skip
+        self.say(" ".join(f"--{k}={v}" for k, v in asdict(o).items()), *self.machine)
+        self.say(f"{self.base_layers} layers, {size:,} parameters; learn {o.dataset}, "
+                 f"{tokens['learn']['train']:,} training tokens; retain {self.retain_name}; "
+                 f"torch {torch.__version__}")  # fmt: skip
+        if saved:
+            self.say(f"resumed at step {self.step} with {self.model.config.n_layer} layers")
 
-    count = {
-        name: {k: len(v) for k, v in splits.items()}
-        for name, splits in (("learn", learn), ("retain", retain or {}))
-    }
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    if not saved:
-        log.write(
-            "header", command=shlex.join(["python", "train.py", *sys.argv[1:]]), config=asdict(o),
-            versions=versions, machine=reasons, processes=world, init_sha256=identity,
-            layers=config.n_layer, parameters=size, vocab_size=config.vocab_size, tokens=count,
-        )  # fmt: skip
-    say(" ".join(f"--{k}={v}" for k, v in asdict(o).items()), *reasons, sep="\n")
-    say(f"{config.n_layer} layers, {size:,} parameters; learn {o.dataset}, {count['learn']['train']:,} "
-        f"training tokens; retain {retain_name}; torch {torch.__version__}")  # fmt: skip
-    if saved:
-        say(f"resumed at step {step} with {model.config.n_layer} layers")
+    # ----- measuring and growing -----
 
-    # ----- what the loop does: measure, grow, save, report, step -----
-    def tokens():
-        return step * o.batch_size * o.grad_accum * o.block_size
+    def tokens(self):
+        return self.step * self.o.batch_size * self.o.grad_accum * self.o.block_size
 
-    def measure():
+    def sizes(self):
+        return dict(parameters=count(self.model.parameters()), trainable=count(grow.trainable(self.model)))
+
+    def measure(self):
         """Validation loss on both domains, in nats per token."""
-        with autocast():
-            domains = {"learn": learn["val"], "retain": retain and retain["val"]}
-            args = o.block_size, o.batch_size, o.eval_windows
-            return {k: ev.evaluate(model, v, *args) if v is not None else None for k, v in domains.items()}
+        args, loss = (self.o.block_size, self.o.batch_size, self.o.eval_windows), {}
+        with self.autocast():
+            for name, splits in (("learn", self.learn), ("retain", self.retain)):
+                loss[name] = splits and ev.evaluate(self.model, splits["val"], *args)
+        return loss
+
+    def evaluate(self):
+        """Measure, log, and keep the weights if none before were better."""
+        self.report()
+        loss = self.measure()
+        self.log.write("eval", step=self.step, **loss)
+        said = ", ".join(f"{k} {v:.4f}" for k, v in loss.items() if v)
+        self.say(f"step {self.step}/{self.o.max_steps} validation: {said}")
+        if loss["learn"] < self.best:
+            self.best = loss["learn"]
+            self.save("best.pt", loss=self.best)
+        return loss
+
+    def may_grow(self):
+        return len(set(self.model.config.generation) - {0}) < self.o.max_growths
+
+    def growth_is_scheduled(self):
+        return self.may_grow() and self.o.trigger == "schedule" and self.trigger.fires(self.step)
+
+    def wants_to_grow(self, loss):
+        """Asked once at every evaluation: a plateau counts them."""
+        fires = self.trigger.fires(self.step, loss) and self.step >= self.o.first_growth
+        return self.may_grow() and (fires or self.step == self.o.first_growth == 0)
 
     @torch.no_grad()
-    def logits(x):
-        model.eval()
-        with autocast():
-            result = model(x)[0]
-        model.train()
+    def logits(self, x):
+        self.model.eval()
+        with self.autocast():
+            result = self.model(x)[0]
+        self.model.train()
         return result
 
-    def grow_here(before):
+    def grow_block(self, before):
         """One growth. The logits on a real batch must be bitwise what they were, or the run stops."""
-        layers, at = model.config.n_layer, grow.placement(o.where, model.config.generation, o.max_growths)
-        probe = batches(step)[0][0]
-        expected = logits(probe)
-        torch.manual_seed(o.seed * 1_000_003 + step)  # for block_init=fresh
+        o, model, layers = self.o, self.model, self.model.config.n_layer
+        at = grow.placement(o.where, model.config.generation, o.max_growths)
+        probe = self.batches(self.step)[0][0]
+        expected = self.logits(probe)
+        self.seed()  # for block_init=fresh
         block = grow.insert_block(model, at, o.block_init)
-        if use_compile:
+        if self.compiles:
             block.compile(dynamic=False)
         grow.freeze(model, o.freeze)
-        cast_frozen(model, dtype)
-        if not torch.equal(expected, logits(probe)):
-            raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
-        after, added = measure(), sum(p.numel() for p in block.parameters())
-        log.write(
-            "event", step=step, at=at, layers_before=layers, layers_after=layers + 1, parameters_added=added,
-            parameters=sum(p.numel() for p in model.parameters()), flops=flops, tokens=tokens(),
-            trainable=sum(p.numel() for p in grow.trainable(model)), identical=True,
+        cast_frozen(model, self.dtype)
+        if not torch.equal(expected, self.logits(probe)):
+            raise RuntimeError(f"the growth at step {self.step} changed the logits: it must be the identity")
+        after, added = self.measure(), count(block.parameters())
+        self.log.write(
+            "event", step=self.step, at=at, layers_before=layers, layers_after=layers + 1, identical=True,
+            parameters_added=added, **self.sizes(), flops=self.flops, tokens=self.tokens(),
             **{f"{k}_before": v for k, v in before.items()}, **{f"{k}_after": v for k, v in after.items()},
         )  # fmt: skip
-        say(f"step {step}: grew {layers} -> {layers + 1} layers at index {at}, +{added:,} parameters, logits "
-            f"bitwise equal, validation loss {before['learn']:.4f} -> {after['learn']:.4f}")  # fmt: skip
+        self.say(
+            f"step {self.step}: grew {layers} -> {layers + 1} layers at index {at}, +{added:,} parameters, "
+            f"logits bitwise equal, validation loss {before['learn']:.4f} -> {after['learn']:.4f}"
+        )
+        self.rewire(self.optimizer)
 
-    def save(name, **state):
-        """Only the first process writes."""
-        if rank == 0:
-            weights = {"model": model.state_dict(), "model_config": asdict(model.config)}
-            save_atomically(out / name, {"step": step, **weights, **state})
+    # ----- training -----
 
-    def save_all():
-        save(
-            "ckpt.pt", options=asdict(o), init=identity, optimizer=grow.optimizer_state(model, optimizer),
-            scaler=scaler.state_dict(), trigger=vars(trigger), flops=flops, train_seconds=clock.seconds,
-            seconds=elapsed + time.perf_counter() - began, log_bytes=log.length() if rank == 0 else 0,
-        )  # fmt: skip
+    def seed(self):
+        """Whatever is random, dropout too, depends on (seed, step) only."""
+        torch.manual_seed(self.o.seed * 1_000_003 + self.step)
 
-    pending, reported = [], clock.seconds  # losses still on the device: fetched per log line, not per step
-
-    def report():
-        """Fetch the pending losses, stop the run if one is not finite, and log the last."""
-        nonlocal pending, reported
-        clock.stop()
-        if not pending:
-            return
-        losses = torch.stack([losses for *_, losses in pending])  # (steps, 4)
-        if world > 1:
-            dist.all_reduce(losses)
-            losses /= world
-        ms, reported = 1000 * (clock.seconds - reported) / len(pending), clock.seconds
-        trains = sum(p.numel() for p in grow.trainable(model))
-        for (at, lr, _), (nll, kd, penalty, norm) in zip(pending, losses.tolist()):
-            if not math.isfinite(nll + kd + penalty) or not (math.isfinite(norm) or scaler.is_enabled()):
-                raise UserError(
-                    f"loss {nll}, gradient norm {norm} at step {at}: the run stops. {out}/ckpt.pt, if there "
-                    "is one, is from before; try a lower --lr or more --warmup_steps in a new run, or "
-                    "--resume with --dtype=float32"
-                )
-            if at % o.log_every == 0:
-                log.write("step", step=at, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=norm, ms=ms)
-                terms = (f" kd {kd:.4f}" if teacher else "") + (f" ewc {penalty:.2e}" if ewc else "")
-                speed = o.batch_size * o.grad_accum * o.block_size / ms * 1000
-                shape = f"depth {model.config.n_layer} trainable {trains / 1e6:.1f}M"
-                say(f"step {at}/{o.max_steps} loss {nll:.4f}{terms} lr {lr:.1e} norm {norm:.2f} {ms:.0f} ms "
-                    f"{speed:,.0f} tok/s {shape}")  # fmt: skip
-        pending = []
-
-    def train_step():
-        torch.manual_seed(o.seed * 1_000_003 + step)  # dropout, too, depends on (seed, step) only
-        lr = learning_rate(o, step)
-        for group in optimizer.param_groups:
+    def train_step(self):
+        o = self.o
+        self.clock.go()
+        self.seed()
+        lr = learning_rate(o, self.step)
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses = torch.zeros(4, device=device)
-        for i, (x, y) in enumerate(batches(step)):
+        losses = torch.zeros(4, device=self.device)  # next token, distillation, EWC, gradient norm
+        for i, (x, y) in enumerate(self.batches(self.step)):
             last = i == o.grad_accum - 1
-            with contextlib.nullcontext() if last or world == 1 else wrapped.no_sync():
-                with autocast():
-                    nll, kd = wrapped(x, y)
-                loss = (nll + o.kd_weight * kd) / o.grad_accum
-                losses[:2] += torch.stack([nll, kd]).detach() / o.grad_accum
-                if ewc and last:
-                    penalty = ewc.penalty(model)
+            with contextlib.nullcontext() if last or self.world == 1 else self.wrapped.no_sync():
+                with self.autocast():
+                    parts = self.wrapped(x, y) / o.grad_accum
+                loss = parts[0]
+                losses[:2] += parts[1:].detach()
+                if self.ewc and last:
+                    penalty = self.ewc.penalty(self.model)
                     loss = loss + o.ewc_lambda * penalty
                     losses[2] = penalty.detach()
-                scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        losses[3] = nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        pending.append((step, lr, losses))
+                self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        losses[3] = nn.utils.clip_grad_norm_(grow.trainable(self.model), o.grad_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending.append((self.step, lr, losses))
+        self.step, self.flops = self.step + 1, self.flops + self.step_flops
 
-    # ----- the loop, once more than max_steps, so that the last step is measured -----
-    stopped_by = 0
+    def report(self):
+        """Fetch the pending losses, stop the run if one is not finite, and log the last."""
+        self.clock.stop()
+        if not self.pending:
+            return
+        losses = torch.stack([losses for *_, losses in self.pending])  # (steps, 4)
+        if self.world > 1:
+            dist.all_reduce(losses)
+            losses /= self.world
+        ms = 1000 * (self.clock.seconds - self.reported) / len(self.pending)
+        for (step, lr, _), row in zip(self.pending, losses.tolist()):
+            self.refuse_non_finite(step, *row)
+            if step % self.o.log_every == 0:
+                self.log_step(step, lr, ms, *row)
+        self.pending, self.reported = [], self.clock.seconds
 
-    def on_signal(number, frame):
-        nonlocal stopped_by
-        stopped_by = number
-        signal.signal(number, signal.SIG_DFL)  # a second one exits at once
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    resumed, profiler, profile_from = bool(saved), None, step + 5
-    model.train()
-    while True:
-        last = step == o.max_steps
-        may_grow = len(set(model.config.generation) - {0}) < o.max_growths
-        scheduled = may_grow and o.trigger == "schedule" and trigger.fires(step)
-        if not resumed and (step % o.eval_every == 0 or last or scheduled):
-            report()
-            loss = measure()
-            log.write("eval", step=step, **loss)
-            say(
-                f"step {step}/{o.max_steps} validation: "
-                + ", ".join(f"{k} {v:.4f}" for k, v in loss.items() if v)
+    def refuse_non_finite(self, step, nll, kd, penalty, norm):
+        """(A loss scaler makes infinite gradients on purpose, and skips those steps.)"""
+        if not math.isfinite(nll + kd + penalty) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise UserError(
+                f"loss {nll}, gradient norm {norm} at step {step}: the run stops. {self.out}/ckpt.pt, if "
+                "there is one, is from before; try a lower --lr or more --warmup_steps in a new run, or "
+                "--resume with --dtype=float32"
             )
-            if loss["learn"] < best:
-                best = loss["learn"]
-                save("best.pt", loss=best)
-            fires = trigger.fires(step, loss["learn"]) and step >= o.first_growth
-            if may_grow and (fires or step == o.first_growth == 0):
-                grow_here(loss)
-                optimizer, wrapped, step_flops = rewire(optimizer)
-        stopping = agree(stopped_by) if world == 1 or step % o.log_every == 0 else 0
-        if last or stopping or (step and step % o.save_every == 0 and not resumed):
-            report()
-            save_all()
-        if stopping:
-            say(f"stopped at step {step}, saved in {out}: continue with the same command and --resume=auto")
-            sys.exit(128 + stopping)
-        if last:
-            break
-        if o.profile and step == profile_from:
-            profiler = torch.profiler.profile()
-            profiler.start()
-        clock.go()
-        train_step()
-        if step % o.log_every == 0:
-            report()
-        step, flops, resumed = step + 1, flops + step_flops, False
-        if profiler and step == profile_from + 10:
-            profiler.stop()
-            if rank == 0:
-                write_profile(profiler, out, device)
-            profiler = None
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
-    # ----- the end: base against grown on the test splits, export, tables -----
-    base = grow.original(model) if never else teacher or start_model(o)
-    if not (never or teacher) and fingerprint(base) != identity:
-        raise UserError(f"{o.init} has other weights than when the run started: restore them and --resume")
-    base.to(device)
-    with autocast():
+    def log_step(self, step, lr, ms, nll, kd, penalty, norm):
+        o = self.o
+        self.log.write("step", step=step, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=norm, ms=ms)
+        terms = (f" kd {kd:.4f}" if self.teacher else "") + (f" ewc {penalty:.2e}" if self.ewc else "")
+        speed = o.batch_size * o.grad_accum * o.block_size / ms * 1000
+        trains = count(grow.trainable(self.model)) / 1e6
+        self.say(f"step {step}/{o.max_steps} loss {nll:.4f}{terms} lr {lr:.1e} norm {norm:.2f} {ms:.0f} ms "
+                 f"{speed:,.0f} tok/s depth {self.model.config.n_layer} trainable {trains:.1f}M")  # fmt: skip
+
+    # ----- saving, and the end -----
+
+    def save(self, name, **state):
+        """Only the first process writes."""
+        if self.rank == 0:
+            weights = {"model": self.model.state_dict(), "model_config": asdict(self.model.config)}
+            save_atomically(self.out / name, {"step": self.step, **weights, **state})
+
+    def save_all(self):
+        self.report()
+        self.save(
+            "ckpt.pt", options=asdict(self.o), init=self.identity, scaler=self.scaler.state_dict(),
+            optimizer=grow.optimizer_state(self.model, self.optimizer), trigger=vars(self.trigger),
+            flops=self.flops, train_seconds=self.clock.seconds, log_bytes=self.log.length(),
+            seconds=self.seconds + time.perf_counter() - self.began,
+        )  # fmt: skip
+
+    def pretrained(self):
+        """The network that the run started from: still in memory, or loaded again."""
+        if self.shared:
+            return grow.original(self.model)
+        if self.teacher:
+            return self.teacher
+        base = start_model(self.o)
+        if fingerprint(base) != self.identity:
+            raise UserError(f"{self.o.init} has changed since the run started: restore it and --resume")
+        return base.to(self.device)
+
+    def finish(self):
+        """Base against grown on the test splits, export, tables."""
+        o, base = self.o, self.pretrained()
         args = o.block_size, o.batch_size, o.test_windows
-        learned = ev.compare(base, model, learn["test"], *args)
-        kept = (
-            ev.compare(base, model, retain["test"], *args) if retain else dict(base=None, grown=None, kl=None)
-        )
-        use = ev.block_use(model, learn["test"], o.block_size)
-    part = f"first {o.test_windows} windows" if o.test_windows else "whole split"
-    log.write(
-        "result", learn={"dataset": o.dataset, **learned}, retain={"dataset": retain_name, **kept},
-        layers=model.config.n_layer, parameters=sum(p.numel() for p in model.parameters()),
-        trainable=sum(p.numel() for p in grow.trainable(model)), flops=flops, tokens=tokens(), best=best,
-        train_seconds=clock.seconds, seconds=elapsed + time.perf_counter() - began,
-        block_use={str(g): u for g, u in zip(model.config.generation, use) if g > 0},
-        protocol=f"Test split, {part}, context {o.block_size}, stride {o.block_size}, mean over predicted "
-                 f"tokens, {str(dtype)[6:]}.",
-    )  # fmt: skip
-    if rank == 0:
-        run = ev.read_run(out)
-        export(model, run, out / "model")
-        say("\n" + ev.report(run))
+        with self.autocast():
+            learned = ev.compare(base, self.model, self.learn["test"], *args)
+            kept = self.retain and ev.compare(base, self.model, self.retain["test"], *args)
+            use = ev.block_use(self.model, self.learn["test"], o.block_size)
+        part = f"first {o.test_windows} windows" if o.test_windows else "whole split"
+        windows = f"{part}, context {o.block_size}, stride {o.block_size}"
+        self.log.write(
+            "result", layers=self.model.config.n_layer, **self.sizes(),
+            learn={"dataset": o.dataset, **learned},
+            retain={"dataset": self.retain_name, **(kept or dict(base=None, grown=None, kl=None))},
+            flops=self.flops, tokens=self.tokens(), best=self.best, train_seconds=self.clock.seconds,
+            seconds=self.seconds + time.perf_counter() - self.began,
+            block_use={str(g): u for g, u in zip(self.model.config.generation, use) if g > 0},
+            protocol=f"Test split, {windows}, mean over predicted tokens, {str(self.dtype)[6:]}.",
+        )  # fmt: skip
+        if self.rank == 0:
+            run = ev.read_run(self.out)
+            export(self.model, run, self.out / "model")
+            self.say("\n" + ev.report(run))
 
 
-def agree(number):
-    """The same signal on every rank: the largest that any has received."""
+def train(o):
+    """Run `o` to its end, or to where a signal stops it."""
+    run = Run(o)
+    resumed = run.resumed  # what was due at this step was done before it was saved
+    with noted_signals() as signals, profile(run) as profiler:
+        while True:  # once more than max_steps, so that the last step is measured
+            last = run.step == o.max_steps
+            if not resumed and (last or run.step % o.eval_every == 0 or run.growth_is_scheduled()):
+                loss = run.evaluate()
+                if run.wants_to_grow(loss["learn"]):
+                    run.grow_block(loss)
+            stopped_by = agree(signals) if run.world == 1 or run.step % o.log_every == 0 else 0
+            if last or stopped_by or (run.step and run.step % o.save_every == 0 and not resumed):
+                run.save_all()
+            if stopped_by:
+                run.say(
+                    f"stopped at step {run.step}, saved in {o.out}: the same command with --resume goes on"
+                )
+                sys.exit(128 + stopped_by)
+            if last:
+                break
+            run.train_step()
+            if (run.step - 1) % o.log_every == 0:
+                run.report()
+            if profiler:
+                profiler.step()
+            resumed = False
+    run.finish()
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """A list to which SIGINT and SIGTERM are appended, for the loop to stop in order; a second one exits."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agree(signals):
+    """The signal to stop for, or 0: the same on every rank, the largest that any has received."""
+    number = max(signals, default=0)
     if not dist.is_initialized():
         return number
     agreed = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     return int(agreed)
+
+
+def profile(run):
+    """With --profile: ten steps of the run as a Chrome trace, and the five largest kernels on the screen."""
+    if not run.o.profile or run.rank:
+        return contextlib.nullcontext()
+
+    def write(profiler):
+        profiler.export_chrome_trace(str(run.out / "trace.json"))
+        sort_by = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=sort_by, row_limit=5))
+        print(f"ten steps traced: open {run.out}/trace.json in chrome://tracing or ui.perfetto.dev")
+
+    ten = torch.profiler.schedule(wait=4, warmup=1, active=10, repeat=1)
+    return torch.profiler.profile(schedule=ten, on_trace_ready=write)
 
 
 def export(model, run, folder):
@@ -955,21 +1102,12 @@ def export(model, run, folder):
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except OSError as e:
-        raise UserError(
-            f"cannot write {folder} ({e.strerror}): the run is safe, --resume writes it again"
-        ) from e
-
-
-def write_profile(profiler, out, device):
-    profiler.export_chrome_trace(str(out / "trace.json"))
-    sort_by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=sort_by, row_limit=5))
-    print(f"ten steps traced: open {out}/trace.json in chrome://tracing or ui.perfetto.dev")
+        raise UserError(f"cannot write {folder} ({e.strerror}): the run is safe, --resume redoes it") from e
 
 
 def smaller_batch(o, world):
     """The same global batch in more, smaller micro-steps."""
-    sizes = ["batch_size", "kd_rows"] if o.kd_weight and o.kd_on != "train" else ["batch_size"]
+    sizes = batch_sizes(o)
     for k in range(2, o.batch_size + 1):
         if all(getattr(o, name) % (k * world) == 0 for name in sizes):
             fewer = " ".join(f"--{name}={getattr(o, name) // k}" for name in sizes)

@@ -180,9 +180,9 @@ def our_loop(o, model, objective, previous=None):
         losses = torch.zeros(2, device=DEVICE)
         for x, y in batches():
             with autocast(o):
-                nll, kd = objective(x, y)
-            losses += torch.stack([nll, kd]).detach() / o.grad_accum
-            ((nll + o.kd_weight * kd) / o.grad_accum).backward()
+                parts = objective(x, y) / o.grad_accum
+            losses += parts[1:].detach()
+            parts[0].backward()
         torch.nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -197,7 +197,7 @@ def ours(o, layers, compiled=False, distil=None):
     separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False) if distil == "separate" else None
     for network in (model, separate) if separate else (model,):
         cast_frozen(network, dtype)
-    objective = train.Objective(model, grow.original(model) if shared else separate, shared, 2.0)
+    objective = train.Objective(model, grow.original(model) if shared else separate, shared, 1.0, 2.0)
     if compiled:
         train.compile_parts(objective)
     return our_loop(o, model, objective)
@@ -319,7 +319,7 @@ def row_1c(dtypes):
         model = grown(SHAPE.n_layer + GROWTHS)
         if kept:
             cast_frozen(model, torch.bfloat16)
-        objective = train.Objective(model, None, False, 2.0)
+        objective = train.Objective(model)
         if compiled:
             train.compile_parts(objective)
         return our_loop(o, model, objective)
@@ -333,7 +333,7 @@ def growth_pauses(o, how):
     """Seconds at the start and at each growth: of growing, of the first step after it, of the median step."""
     torch._dynamo.reset()
     model, results = copy.deepcopy(base()).to(DEVICE), []
-    objective = train.Objective(model, None, False, 2.0)
+    objective = train.Objective(model)
     if how == "per block":
         train.compile_parts(objective)
     else:
@@ -425,7 +425,7 @@ LOAD = """
 import json, sys, time
 def memory(key):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) / 2**20
-import torch
+import torch, torch._dynamo  # which our loader imports on its way, as every run does
 who, folder, device = sys.argv[1:]
 if who == "ours":
     from model import GPT
@@ -440,7 +440,9 @@ model = load(folder).to(device)
 if device == "cuda":
     torch.cuda.synchronize()
 took, size = time.perf_counter() - began, sum(p.numel() for p in model.parameters())
-print(json.dumps([took, memory("VmHWM") - before if linux else None, size]))
+total = sum(p.sum() for p in model.parameters()).item()  # a loader may leave the reading to the first use
+read = time.perf_counter() - began
+print(json.dumps([took, read, memory("VmHWM") - before if linux else None, size]))
 """
 
 
@@ -458,13 +460,20 @@ def row_5(dtypes):
             runs[who, what].append(json.loads(run.stdout.splitlines()[-1]))
     assert len({n for measured in runs.values() for *_, n in measured}) == 1, "not the same model"
     for (who, what), measured in runs.items():
-        took = [s for s, *_ in measured]
-        peaks = [p for _, p, _ in measured if p is not None]
-        r = {"seconds": statistics.median(took), "spread_s": max(took) - min(took)}
-        results[f"{who}, {what} folder"] = r | {"peak_gb": statistics.median(peaks) if peaks else None}
-        rows.append([f"{who}, {what} folder", f"{r['seconds']:.3f}", f"{r['spread_s']:.3f}"]
-                    + [show(statistics.median(peaks) if peaks else None, ".2f")])  # fmt: skip
-    return ev.markdown(["loader and format", "seconds", "max - min", "peak memory added, GB"], rows), results
+        took, read, peaks, _ = zip(*measured)
+        r = {"seconds": statistics.median(took), "read_s": statistics.median(read)}
+        r |= {"spread_s": max(read) - min(read), "peak_gb": statistics.median(peaks) if peaks[0] else None}
+        results[f"{who}, {what} folder"] = r
+        times = [f"{r[key]:.3f}" for key in ("seconds", "read_s", "spread_s")]
+        rows.append([f"{who}, {what} folder", *times, show(r["peak_gb"], ".2f")])
+    head = [
+        "loader and format",
+        "loaded, s",
+        "and read, s",
+        "max - min",
+        "peak memory added, GB",
+    ]
+    return ev.markdown(head, rows), results
 
 
 def row_6(dtypes):

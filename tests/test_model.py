@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import FIXTURES, ROOT, SHARED, needs_tiktoken
 from openai_format import write_openai_checkpoint
 from safetensors import safe_open
@@ -61,12 +60,12 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape):
 
 def test_with_a_frozen_base_loss_and_gradients_are_those_of_transformers():
     """What training then takes is another path: head, loss and back a few rows at a time."""
-    ours, theirs = pair(100_000, 64, 2, 16, 2)  # a vocabulary so large that two rows of 63 are three portions
+    ours, theirs = pair(100_000, 64, 2, 16, 2)  # a vocabulary so large that two rows of 63 are two portions
     for network in (ours, theirs.transformer):
         network.requires_grad_(False)
         network.h[1].requires_grad_(True)
     idx = torch.randint(100_000, (2, 64))
-    loss, _ = train.Objective(ours, None, False, 1.0)(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())
+    loss = train.Objective(ours)(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[0]
     reference = theirs(idx, labels=idx).loss
     assert abs(loss - reference) < 1e-5
     loss.backward(), reference.backward()
@@ -77,23 +76,6 @@ def test_with_a_frozen_base_loss_and_gradients_are_those_of_transformers():
             assert torch.allclose(p.grad, grad.t() if m.is_linear(name) else grad, atol=1e-5), name
         else:
             assert p.grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_of_a_frozen_head_is_torchs(dtype):
-    """And so is its gradient, scaled as a loss scaler would, with the logits rounded by autocast."""
-    torch.manual_seed(0)
-    x, weight, y = torch.randn(200, 8), torch.randn(60_000, 8), torch.randint(60_000, (200,))
-    results = []
-    for ours in (True, False):
-        x.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            plain = F.linear(x.requires_grad_(), weight).float()
-            loss = m.FrozenHeadLoss.apply(x, weight, y) if ours else F.cross_entropy(plain, y)
-        (1000 * loss).backward()
-        results.append((loss.detach(), x.grad))
-    for one, other in zip(*results):
-        assert (one - other).norm() <= (5e-3 if dtype == torch.bfloat16 else 1e-5) * other.norm()
 
 
 def test_a_cast_kept_for_frozen_matrices_changes_no_bit():
