@@ -27,8 +27,7 @@ except ImportError:  # Windows: two processes at once would fetch it twice
 
 
 class UserError(ValueError):
-    """Something the user can put right. Programs print it as one sentence and exit; bugs keep their
-    traceback."""
+    """Something the user can put right: programs print it as one sentence. Bugs keep their traceback."""
 
     status = 1  # of the exit
 
@@ -42,10 +41,8 @@ class UsageError(UserError):
 # ------------------------------------------------------------------------------------------------------------
 # Fetching
 
-_cache = (
-    os.environ.get("GROWING_GPT_CACHE")
-    or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "growing-gpt"
-)
+_caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+_cache = os.environ.get("GROWING_GPT_CACHE") or f"{_caches}/growing-gpt"
 
 
 @functools.cache
@@ -57,9 +54,7 @@ def cache_dir():
         with tempfile.TemporaryFile(dir=path):  # found now rather than after a download
             pass
     except OSError as e:
-        raise UserError(
-            f"cannot write to the cache folder {path} ({e.strerror}): give another --cache_dir"
-        ) from e
+        raise UserError(f"cannot write to the cache {path} ({e.strerror}): give another --cache_dir") from e
     print(f"cache folder: {path}", file=sys.stderr)
     return path
 
@@ -139,10 +134,8 @@ def _fetch_from(url, path, size, sha256, attempts=4):
             return None
         part.unlink()
         reason += ", deleted"
-        if not had:
-            return (
-                reason  # a whole file, and the wrong one; if we had continued an old part, try once from zero
-            )
+        if not had:  # a whole file, and the wrong one; had we continued an old part, we would start from zero
+            return reason
     return reason
 
 
@@ -182,13 +175,9 @@ TOKENIZER_FILES = {
 
 
 def tokenizer_files():
-    """{'vocab.bpe': path, 'encoder.json': path}, in the folder and under the names where tiktoken looks for
-    them."""
-    folder = (
-        os.environ.get("TIKTOKEN_CACHE_DIR")
-        or os.environ.get("DATA_GYM_CACHE_DIR")
-        or cache_dir() / "tiktoken"
-    )
+    """{'vocab.bpe': path, 'encoder.json': path}, where and under the names that tiktoken looks for them."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    folder = folder or cache_dir() / "tiktoken"
     paths = {}
     names = {name: hashlib.sha1((ENCODINGS + name).encode()).hexdigest() for name in TOKENIZER_FILES}
     for name, (size, sha256) in TOKENIZER_FILES.items():
@@ -246,19 +235,10 @@ WIKITEXT_URLS = [
     "https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
 ]
 WIKITEXT_ZIP = (4_721_645, "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11")
-WIKITEXT_FILES = {
-    "train": (
-        "wikitext-2-raw/wiki.train.raw",
-        "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
-    ),
-    "val": (
-        "wikitext-2-raw/wiki.valid.raw",
-        "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
-    ),
-    "test": (
-        "wikitext-2-raw/wiki.test.raw",
-        "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
-    ),
+WIKITEXT_FILES = {  # split: the archive's name of it, sha256
+    "train": ("train", "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57"),
+    "val": ("valid", "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7"),
+    "test": ("test", "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"),
 }
 WEBTEXT_URL = "https://openaipublic.blob.core.windows.net/gpt-2/output-dataset/v1/"
 WEBTEXT_BYTES = {"valid": 13_622_302, "test": 13_478_245}  # OpenAI publishes no hash of these
@@ -270,10 +250,10 @@ def wikitext2():
     path = fetch(WIKITEXT_URLS, cache_dir() / "wikitext-2-raw-v1.zip", *WIKITEXT_ZIP)
     texts = {}
     with zipfile.ZipFile(path) as z:  # members are read by exact name; nothing is extracted
-        for split, (member, sha256) in WIKITEXT_FILES.items():
-            raw = z.read(member)
+        for split, (name, sha256) in WIKITEXT_FILES.items():
+            raw = z.read(f"wikitext-2-raw/wiki.{name}.raw")
             if hashlib.sha256(raw).hexdigest() != sha256:
-                raise UserError(f"{member} in {path} has the wrong sha256")
+                raise UserError(f"wiki.{name}.raw in {path} has the wrong sha256")
             texts[split] = raw.decode("utf-8")
     return texts
 
@@ -366,9 +346,8 @@ BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": co
 def check_name(name):
     """Refuse a data set that is neither built in nor there, before anything is downloaded."""
     if name not in BUILT_IN and not Path(name).exists():
-        raise UsageError(
-            f"no data set or file {name!r}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder"
-        )
+        known = ", ".join(BUILT_IN)
+        raise UsageError(f"no data set or file {name!r}: give one of {known}, a .txt file, or a folder")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -394,10 +373,8 @@ def load(name, vocab_size, block_size, bad_utf8="refuse"):
 
 def _tokens(name, split, text, vocab_size):
     """The ids of a text, from the file made of this very text earlier or made now."""
-    source, tokenizer = (
-        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        tokenizer_name(vocab_size),
-    )
+    source = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    tokenizer = tokenizer_name(vocab_size)
     path = cache_dir() / "tokens" / f"{name}-{split}-{tokenizer}-{source[:16]}.bin"
     with lock(path):
         try:
@@ -429,9 +406,8 @@ def read_bin(path, source, tokenizer):
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: its header is damaged") from e
     if not (intact and same):
-        raise ValueError(
-            f"{path}: " + ("made from another text, tokenizer or version" if intact else "is damaged")
-        )
+        reason = "made from another text, tokenizer or version" if intact else "is damaged"
+        raise ValueError(f"{path}: {reason}")
     return np.frombuffer(raw, "<u2", offset=HEADER)
 
 

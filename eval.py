@@ -43,11 +43,10 @@ def window_batches(tokens, block_size, batch_size, windows):
 
 @torch.no_grad()
 def sum_windows(values, tokens, block_size, batch_size=8, windows=0, device="cpu"):
-    """Sums and counts over each window, (N,) float64, of `values(x, y)`, a (B, T) tensor of a number per
-    token.
+    """Sums and counts over each window, (2, N) float64, of values(x, y), (B, T): one number per token.
 
-    windows = 0 takes the whole split. Ranks of a distributed run share the batches, and all get the whole
-    result."""
+    windows = 0 takes the whole split. Ranks share the batches, and all get the whole result.
+    """
     available = max(math.ceil(len(tokens) / block_size) - (len(tokens) % block_size == 1), 1)
     windows = min(windows or available, available)
     both = torch.zeros(2, windows, dtype=torch.float64)
@@ -80,10 +79,9 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
     published GPT-2 perplexities often are. Raises UserError if block_size exceeds the model's or there is
     nothing to predict."""
     block_size = block_size or model.config.block_size
-    if block_size > model.config.block_size or block_size < 2:
-        raise UserError(
-            f"block_size must be from 2 to the model's {model.config.block_size}, not {block_size}"
-        )
+    limit = model.config.block_size
+    if not 2 <= block_size <= limit:
+        raise UserError(f"block_size must be from 2 to the model's {limit}, not {block_size}")
     if len(tokens) < 2:
         raise UserError("there is nothing to predict in fewer than two tokens")
 
@@ -98,8 +96,7 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
 
 
 def mean_kl(base, grown, tokens, block_size, batch_size=8, windows=0):
-    """Mean KL(base || grown) per predicted token, in nats: how far the distribution has moved, right or
-    wrong."""
+    """Mean KL(base || grown) per predicted token, in nats: how far the distribution moved, right or wrong."""
 
     def values(x, y):
         p, q = (F.log_softmax(net.head(net.run(net.embed(x))).float(), -1) for net in (base, grown))
@@ -133,8 +130,10 @@ def block_use(model, tokens, block_size, rows=8):
 
 @torch.no_grad()
 def lambada(model, batch_size=16):
-    """Accuracy (all tokens of the last word greedily right) and perplexity per last word, as lm-eval's
-    lambada_openai."""
+    """Accuracy (every token of the last word greedily right) and perplexity per last word.
+
+    As lm-eval's task lambada_openai measures them.
+    """
     if model.config.vocab_size != data.GPT2:
         raise UsageError("LAMBADA is measured in GPT-2's tokens, and this model has another vocabulary")
     device, right, nats = model.wte.weight.device, 0, 0.0
@@ -167,9 +166,7 @@ def read_run(folder):
     """A run's metrics.jsonl by kind: header and result are dicts, step, eval and event lists of dicts."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
-        raise UserError(
-            f"no run in {folder} (no metrics.jsonl); to measure a model, give --dataset or --prompt"
-        )
+        raise UserError(f"no run in {folder}; to measure a model, give --dataset, --lambada or --prompt")
     run = {"folder": str(folder), "header": None, "step": [], "eval": [], "event": [], "result": None}
     for row in data.read_jsonl(path):
         kind = row.pop("kind", None) if isinstance(row, dict) else None
@@ -355,11 +352,8 @@ def plot(runs, path):
             frontier.annotate(name, (x, y), xytext=(5, above), textcoords="offset points", fontsize=7)
         for e in run["event"]:
             curves.plot(e["step"], e["learn_after"], "^", color=color, markersize=7, markeredgecolor="black")
-    curves.set(
-        xlabel="step",
-        ylabel="validation loss, nats per token",
-        title="learn (solid) and retain (dashed); triangles: growth",
-    )
+    curves.set(xlabel="step", ylabel="validation loss, nats per token",
+               title="learn (solid) and retain (dashed); triangles: growth")  # fmt: skip
     if few:
         curves.legend()
     frontier.set(xlabel="learn: test loss, nats", ylabel="retain: forgetting, nats",
@@ -401,9 +395,7 @@ def model_card(run):
     usage = USAGE_BYTES if header["vocab_size"] == data.BYTES else USAGE_BPE
     old, new = r["retain"], max(1, min(40, c["block_size"] - 11))  # tokens that fit behind the prompt
     if old["base"] is None:
-        retention = (
-            "No old domain was measured in this run (`--retain=none`), so it says nothing about forgetting."
-        )
+        retention = "No old domain was measured in this run, so it says nothing about forgetting."
     else:
         retention = (
             f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per "
@@ -483,9 +475,8 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, and with its errors in one sentence."""
 
     def __init__(self, prog, **more):
-        super().__init__(
-            prog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, formatter_class=raw, allow_abbrev=False, **more)
 
     def error(self, message):
         raise UsageError(f"{message} (see python {self.prog} --help)")
@@ -506,9 +497,7 @@ def arguments(argv):
     p.add_argument("--block_size", type=int, default=0, help="context in tokens (0: the model's)")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
-    p.add_argument(
-        "--average", choices=["token", "window"], default="token", help="weigh tokens or windows alike"
-    )
+    p.add_argument("--average", choices=["token", "window"], default="token", help="weighed alike")
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
     gpu = torch.cuda.is_available()
     p.add_argument("--device", choices=["cpu", "cuda"] if gpu else ["cpu"], default="cuda" if gpu else "cpu")
@@ -517,9 +506,7 @@ def arguments(argv):
     if a.dataset:
         data.check_name(a.dataset)
     if a.batch_size < 1 or a.windows < 0 or a.top_k < 0 or a.max_new_tokens < 1 or a.block_size < 0:
-        raise UsageError(
-            "batch_size and max_new_tokens must be at least 1; windows, top_k and block_size at least 0"
-        )
+        raise UsageError("batch_size, max_new_tokens must be 1 or more; windows, top_k, block_size 0 or more")
     return a
 
 

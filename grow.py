@@ -11,6 +11,7 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
     teacher = original(model)               # the network without its grown blocks, sharing every tensor
 """
 
+import collections
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import UserError
-from model import GPT, Block, init_parameter
+from model import GPT, Block, cross_entropy, init_parameter
 
 # ------------------------------------------------------------------------------------------------------------
 # Insertion
@@ -95,9 +96,8 @@ def freeze(model, policy):
     elif policy.startswith("top") and policy[3:].isdecimal() and 0 < int(policy[3:]) <= len(originals):
         trains = set(originals[-int(policy[3:]) :]) | {i for i, g in enumerate(generation) if g > 0}
     else:
-        raise UserError(
-            f"unknown freeze policy {policy!r}: give base, older, none, or top1 to top{len(originals)}"
-        )
+        known = f"base, older, none, or top1 to top{len(originals)}"
+        raise UserError(f"unknown freeze policy {policy!r}: give {known}")
     model.requires_grad_(not trains)
     for i in trains:
         model.h[i].requires_grad_(True)
@@ -111,8 +111,7 @@ def trainable(model):
 
 
 def original(model):
-    """The network without its grown blocks, as a GPT that shares every tensor with `model`: no memory is
-    copied.
+    """The network without its grown blocks, as a GPT that shares every tensor with `model`.
 
     If the originals never trained, it is the pretrained network.
     """
@@ -192,10 +191,10 @@ def load_optimizer_state(model, optimizer, state):
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
-    """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats (Hinton et al.,
-    2015).
+    """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats.
 
-    Logits: (..., V). The factor T^2 keeps the size of its gradient independent of T.
+    Logits: (..., V). The factor T^2 keeps the size of its gradient independent of T (Hinton et al., 2015,
+    section 2).
     """
     V = student_logits.size(-1)
     student = F.log_softmax(student_logits.float().view(-1, V) / temperature, -1)
@@ -243,3 +242,94 @@ class EWC:
 def original_parameters(model):
     """(name in the original network, parameter) for every parameter that is not in a grown block."""
     return original(model).named_parameters()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+class Objective(nn.Module):
+    """The loss of one micro-batch, as a module so that DistributedDataParallel can wrap it.
+
+    forward(x (B + K, T), y (B, T)) -> (3,), in nats per token: the loss to minimise and, for the log, its two
+    parts, next-token loss and distillation loss. The last K rows of x have no targets: the network is only
+    distilled on them. With K = 0 it is distilled on x itself.
+    """
+
+    def __init__(self, model, teacher=None, shared=False, kd_weight=0.0, temperature=1.0):
+        super().__init__()
+        self.model, self.shared, self.kd_weight, self.temperature = model, shared, kd_weight, temperature
+        self.__dict__["teacher"] = teacher  # not a submodule: DDP need not know it
+        self.portions = True  # whether logits of a frozen head are taken in portions (InPortions)
+
+    def forward(self, x, y):
+        B = len(y)
+        if self.teacher is None:
+            return self.of_rows(self.model.run(self.model.embed(x)), None, y)
+        if len(x) == B:
+            return self.of_rows(*self.run_both(x, 0), y)
+        hidden, target = self.run_both(x, B)
+        return self.of_rows(hidden[:B], None, y) + self.of_rows(hidden[B:], target, None)
+
+    def run_both(self, x, first):
+        """Last blocks' outputs, of the network on all rows of x and of the teacher from row `first` on.
+
+        Up to the lowest grown block a shared teacher is the network itself: that part is computed once.
+        """
+        grown = [i for i, g in enumerate(self.model.config.generation) if g > 0]
+        fork = (grown or [self.model.config.n_layer])[0] if self.shared else 0
+        below = self.model.run(self.model.embed(x), stop=fork)
+        with torch.no_grad():
+            start = below[first:].detach() if self.shared else self.teacher.embed(x[first:])
+            target = self.teacher.run(start, start=fork)
+        return self.model.run(below, start=fork), target
+
+    def of_rows(self, hidden, target, y):
+        """Losses (3,) of rows that all have targets y (B, T), or a teacher's output (B, T, C), or both."""
+        rows = [t if t is None else t.flatten(0, 1) for t in (hidden, target, y)]
+        if self.model.wte.weight.requires_grad or not self.portions:
+            return self.losses(*rows)
+        size = max(1, PORTION[hidden.device.type] // self.model.config.vocab_size)
+        return InPortions.apply(self.losses, size, *rows)
+
+    def losses(self, hidden, target, y):
+        """The same, of tokens: hidden (N, C), target (N, C) or None, y (N,) or None."""
+        logits, nothing = self.model.head(hidden), torch.zeros((), device=hidden.device)
+        nll = nothing if y is None else cross_entropy(logits, y).mean()
+        if target is None:
+            kd = nothing
+        else:
+            with torch.no_grad():
+                wanted = self.teacher.head(target)
+            kd = distillation_loss(logits, wanted, self.temperature)
+        return torch.stack([nll + self.kd_weight * kd, nll.detach(), kd.detach()])
+
+
+PORTION = collections.defaultdict(lambda: 2**27, cpu=2**23)  # logits at a time: 32 MB in float32 on a CPU
+
+
+class InPortions(torch.autograd.Function):
+    """loss(x, ...)[0], a mean over the rows of x (N, C), with its gradient by x, a few rows at a time.
+
+    For a loss through a frozen head. Its (N, V) logits are by far the largest tensor of a step; taking each
+    portion through head, loss and back before the next, they never exist as a whole, and a portion of them
+    stays near a CPU's cache. (Liger Kernel, arXiv 2410.10989, section 3.2; a compiler fuses the whole by
+    itself, so train.py turns this off where it compiles.)
+    """
+
+    @staticmethod
+    def forward(ctx, loss, size, x, *others):
+        total, ctx.dx = 0, torch.empty_like(x)
+        for i in range(0, len(x), size):
+            rows = slice(i, i + size)
+            with torch.enable_grad():
+                portion = x[rows].detach().requires_grad_()
+                losses = loss(portion, *(t if t is None else t[rows] for t in others))
+                losses = losses * len(portion) / len(x)
+                (ctx.dx[rows],) = torch.autograd.grad(losses[0], portion)
+            total += losses.detach()
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, gradient[0] * ctx.dx, *[None] * 2

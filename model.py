@@ -90,12 +90,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, H, T, C/H)
-        if (
-            cache is not None
-        ):  # decoding: T is the whole prompt at first and then 1, so causal masking is right or moot
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        if cache is not None:  # decoding: T is the prompt at first, then 1, so a causal mask is right or moot
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
             cache[:] = k, v
@@ -162,8 +159,7 @@ class GPT(nn.Module):
         return cross_entropy(self.head(x), targets)
 
     def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), and the mean loss in nats per target or
-        None."""
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean loss in nats per target or None."""
         if idx.size(1) > self.config.block_size:
             raise UserError(f"{idx.size(1)} tokens exceed the model's block_size of {self.config.block_size}")
         logits = self.head(self.run(self.embed(idx)))
@@ -242,9 +238,8 @@ def init_parameter(name, p, n_layer):
 
 def cross_entropy(logits, targets):
     """The one loss: nats per token in float32, shaped as targets (...), 0 where the target is -1."""
-    loss = F.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none"
-    )
+    logits = logits.float().flatten(0, -2)  # (N, V)
+    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
     return loss.view(targets.shape)
 
 
@@ -335,8 +330,7 @@ def block_contents(raw, offset, size):
 
 
 def table_entries(block):
-    """(key, value) pairs. Keys share a prefix with the one before; the restart array at the end only helps
-    seeks."""
+    """(key, value) pairs. A key shares a prefix with the one before; restarts at the end only help seeks."""
     end = len(block) - 4 * (struct.unpack("<I", block[-4:])[0] + 1)
     i, key = 0, b""
     while i < end:
@@ -359,8 +353,7 @@ def varint(raw, i):
 
 
 def protobuf(raw):
-    """{field number: [values]} of a serialised message: whole numbers (wire types 0 and 5) and bytes (type
-    2)."""
+    """{field number: [values]} of a serialised message: numbers (wire types 0, 5) and bytes (type 2)."""
     fields, i = {}, 0
     while i < len(raw):
         tag, i = varint(raw, i)
@@ -565,8 +558,7 @@ OPENAI_URLS = [
 ]
 HUGGINGFACE_URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
 
-# name: OpenAI's size, layers, width, heads, bytes of .index and of .data; Hugging Face's revision, bytes,
-# sha256
+# name: OpenAI's size, layers, width, heads, bytes of index and data; Hugging Face's revision, bytes, sha256
 SIZES = {
     "gpt2": ("124M", 12, 768, 12, 5_215, 497_759_232,
              "607a30d783dfa663caf39e06633721c8d4cfcd7e", 548_105_171,
@@ -588,8 +580,7 @@ SHA256 = {  # published for 124M only; of the larger sizes the exact number of b
 
 
 def fetch_gpt2(name):
-    """A folder with the pretrained weights: OpenAI's files from OpenAI or its mirror, else Hugging Face's
-    copy."""
+    """A folder with the pretrained weights: OpenAI's files, from it or a mirror, or Hugging Face's copy."""
     size, n_layer, n_embd, n_head, index_bytes, data_bytes, revision, hf_bytes, hf_sha256 = SIZES[name]
     folder, hf_folder = data.cache_dir() / f"gpt2-{size}", data.cache_dir() / f"huggingface-{name}"
     files = {INDEX: index_bytes, DATA: data_bytes}

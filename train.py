@@ -11,7 +11,6 @@ It writes RUN/metrics.jsonl (everything measured), ckpt.pt (to resume from), bes
 loss) and model/ (the result in Hugging Face's format, with its card). Read model.py and grow.py first."""
 
 import argparse
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -43,7 +42,7 @@ import data
 import eval as ev
 import grow
 from data import UsageError, UserError
-from model import GPT, GPTConfig, cast_frozen, cross_entropy, read_config
+from model import GPT, GPTConfig, cast_frozen, read_config
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -82,9 +81,7 @@ class Options:
     # growth
     trigger: str = option("schedule", "what decides to grow", "schedule", "plateau")
     grow_every: int = option(500, "schedule: steps between growths", 1)
-    first_growth: int = option(
-        -1, "none before this step (-1: grow_every; 0: at once, originals never train)", -1
-    )
+    first_growth: int = option(-1, "none before this step (-1: grow_every; 0: originals never train)", -1)
     max_growths: int = option(3, "blocks to add at most (0: an ordinary training run)", 0)
     where: str = option("upper", "spread, upper (spread over the upper half), top, bottom, or an index")
     block_init: str = option("copy", "of the block below; both have zero output projections", "copy", "fresh")
@@ -280,15 +277,12 @@ def choose_machine(o):
     """(device, dtype, compile or not, reasons): every choice is printed once, with its reason."""
     if o.device == "auto":
         backends = (("cuda", torch.cuda), ("mps", torch.backends.mps))
-        kind, why = (
-            next((name for name, b in backends if b.is_available()), "cpu"),
-            "the fastest that torch sees",
-        )
+        kind = next((name for name, backend in backends if backend.is_available()), "cpu")
+        why = "the fastest that torch sees"
     else:
         kind, why = o.device, "asked for"
-    device = (
-        torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    )
+    index = int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None
+    device = torch.device(kind, index)
     reasons = [f"device {device}: {why}"]
 
     native_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -306,8 +300,7 @@ def choose_machine(o):
     use = o.compile == "1" or (o.compile == "auto" and kind == "cuda")
     why = "asked for" if o.compile != "auto" else "worth it on CUDA" if use else "by default only on CUDA"
     if use:
-        # Past its limit of graphs torch would go on eagerly with no more than a log line: let it raise
-        # instead.
+        # Past its limit of graphs torch would go on eagerly with no more than a log line. Let it raise.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         try:
@@ -337,94 +330,7 @@ def learning_rate(o, step):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The objective
-
-
-class Objective(nn.Module):
-    """The loss of one micro-batch, as a module so that DistributedDataParallel can wrap it.
-
-    forward(x (B + K, T), y (B, T)) -> (3,), in nats per token: the loss to minimise and, for the log, its two
-    parts, next-token loss and distillation loss. The last K rows of x have no targets: the network is only
-    distilled on them. With K = 0 it is distilled on x itself.
-    """
-
-    def __init__(self, model, teacher=None, shared=False, kd_weight=0.0, temperature=1.0):
-        super().__init__()
-        self.model, self.shared, self.kd_weight, self.temperature = model, shared, kd_weight, temperature
-        self.__dict__["teacher"] = teacher  # not a submodule: DDP need not know it
-        self.portions = True  # whether logits of a frozen head are taken in portions (InPortions)
-
-    def forward(self, x, y):
-        B = len(y)
-        if self.teacher is None:
-            return self.of_rows(self.model.run(self.model.embed(x)), None, y)
-        if len(x) == B:
-            return self.of_rows(*self.run_both(x, 0), y)
-        hidden, target = self.run_both(x, B)
-        return self.of_rows(hidden[:B], None, y) + self.of_rows(hidden[B:], target, None)
-
-    def run_both(self, x, first):
-        """Last blocks' outputs, of the network on all rows of x and of the teacher from row `first` on.
-
-        Up to the lowest grown block a shared teacher is the network itself: that part is computed once.
-        """
-        grown = [i for i, g in enumerate(self.model.config.generation) if g > 0]
-        fork = (grown or [self.model.config.n_layer])[0] if self.shared else 0
-        below = self.model.run(self.model.embed(x), stop=fork)
-        with torch.no_grad():
-            start = below[first:].detach() if self.shared else self.teacher.embed(x[first:])
-            target = self.teacher.run(start, start=fork)
-        return self.model.run(below, start=fork), target
-
-    def of_rows(self, hidden, target, y):
-        """Losses (3,) of rows that all have targets y (B, T), or a teacher's output (B, T, C), or both."""
-        rows = [t if t is None else t.flatten(0, 1) for t in (hidden, target, y)]
-        if self.model.wte.weight.requires_grad or not self.portions:
-            return self.losses(*rows)
-        size = max(1, PORTION[hidden.device.type] // self.model.config.vocab_size)
-        return InPortions.apply(self.losses, size, *rows)
-
-    def losses(self, hidden, target, y):
-        """The same, of tokens: hidden (N, C), target (N, C) or None, y (N,) or None."""
-        logits, nothing = self.model.head(hidden), torch.zeros((), device=hidden.device)
-        nll = nothing if y is None else cross_entropy(logits, y).mean()
-        if target is None:
-            kd = nothing
-        else:
-            with torch.no_grad():
-                wanted = self.teacher.head(target)
-            kd = grow.distillation_loss(logits, wanted, self.temperature)
-        return torch.stack([nll + self.kd_weight * kd, nll.detach(), kd.detach()])
-
-
-PORTION = collections.defaultdict(lambda: 2**27, cpu=2**23)  # logits at a time: 32 MB in float32 on a CPU
-
-
-class InPortions(torch.autograd.Function):
-    """loss(x, ...)[0], a mean over the rows of x (N, C), with its gradient by x, a few rows at a time.
-
-    For a loss through a frozen head. Its (N, V) logits are by far the largest tensor of a step; taking each
-    portion through head, loss and back before the next, they never exist as a whole, and a portion of them
-    stays near a CPU's cache. (Liger Kernel, arXiv 2410.10989, section 3.2; a compiler fuses the whole by
-    itself, so compile_parts turns this off.)
-    """
-
-    @staticmethod
-    def forward(ctx, loss, size, x, *others):
-        total, ctx.dx = 0, torch.empty_like(x)
-        for i in range(0, len(x), size):
-            rows = slice(i, i + size)
-            with torch.enable_grad():
-                portion = x[rows].detach().requires_grad_()
-                losses = loss(portion, *(t if t is None else t[rows] for t in others))
-                losses = losses * len(portion) / len(x)
-                (ctx.dx[rows],) = torch.autograd.grad(losses[0], portion)
-            total += losses.detach()
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, None, gradient[0] * ctx.dx, *[None] * 2
+# Speed and cost of the objective (grow.Objective)
 
 
 def compile_parts(objective):
@@ -485,9 +391,7 @@ def save_atomically(path, value):
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
         reason = f"{e.strerror}" if isinstance(e, OSError) else "the disk may be full"
-        raise UserError(
-            f"cannot write {path} ({reason}): the one before is intact, continue with --resume"
-        ) from e
+        raise UserError(f"cannot write {path} ({reason}): the one before is intact, use --resume") from e
 
 
 def load_checkpoint(path):
@@ -501,9 +405,8 @@ def load_checkpoint(path):
             raise ValueError(f"the checksum or the attributes of {bad} are wrong")
         value = torch.load(path, map_location="cpu", weights_only=True)
         if value.get("version") != CHECKPOINT_VERSION:
-            raise ValueError(
-                f"format version {value.get('version')!r}, this program reads {CHECKPOINT_VERSION}"
-            )
+            found = value.get("version")
+            raise ValueError(f"format version {found!r}, this program reads {CHECKPOINT_VERSION}")
         return value
     except DAMAGE as e:
         raise UserError(f"{path}: damaged ({(str(e) or type(e).__name__).splitlines()[0]})") from e
@@ -557,13 +460,10 @@ def prepare_folder(o, parameters):
             pass
         free = shutil.disk_usage(out).free
     except OSError as e:
-        raise UserError(
-            f"cannot write to the run folder {out} ({e.strerror}): choose another with --out"
-        ) from e
+        raise UserError(f"cannot write to the run folder {out} ({e.strerror}): use another --out") from e
     if free < need:
-        raise UserError(
-            f"{out} has {free / 1e9:.1f} GB free, a run may need {need / 1e9:.1f}: make room, or use --out"
-        )
+        has = f"{out} has {free / 1e9:.1f} GB free"
+        raise UserError(f"{has}, a run may need {need / 1e9:.1f}: make room, or use another --out")
 
 
 def compare_options(o, stored):
@@ -580,9 +480,8 @@ def compare_options(o, stored):
         now["kd_rows"] = then["kd_rows"]
     different = [f"--{k}={v} (now {now.get(k)})" for k, v in then.items() if now.get(k) != v]
     if different:
-        raise UsageError(
-            f"the run in {o.out} has {', '.join(different)}: resume with those, or give another --out"
-        )
+        has = ", ".join(different)
+        raise UsageError(f"the run in {o.out} has {has}: resume with those, or give another --out")
     if o.max_steps < stored["max_steps"] or (
         o.lr_schedule == "cosine" and o.max_steps != stored["max_steps"]
     ):
@@ -620,10 +519,8 @@ def pretrain(o):
     folder = data.cache_dir() / "pretrained" / f"{Path(o.retain).stem}-{o.n_layer}x{o.n_embd}-{digest}"
     with data.lock(folder) if not dist.is_initialized() else contextlib.nullcontext():
         if not (folder / "model").exists():
-            print(
-                f"pretraining on {o.retain} for {o.pretrain_steps} steps, once, into {folder}",
-                file=sys.stderr,
-            )
+            said = f"pretraining on {o.retain} for {o.pretrain_steps} steps, once, into {folder}"
+            print(said, file=sys.stderr)
             train(dataclasses.replace(p, out=str(folder)))
         if dist.is_initialized():
             dist.barrier()  # until the first process has written it
@@ -661,8 +558,7 @@ def dream(base, o, device, identity):
 
 
 def load_retained(o, vocab_size):
-    """(splits or None, name). Under --retain=auto a text that cannot be had is done without, and that is
-    said."""
+    """(splits or None, name). Under --retain=auto a text that cannot be had is done without, and said."""
     if o.retain == "none":
         return None, "none"
     try:
@@ -780,7 +676,7 @@ class Run:
     def prepare_training(self, saved):
         """Objective, optimizer, trigger and counters, as they were where a checkpoint was made."""
         o = self.o
-        self.objective = Objective(self.model, self.teacher, self.shared, o.kd_weight, o.kd_temperature)
+        self.objective = grow.Objective(self.model, self.teacher, self.shared, o.kd_weight, o.kd_temperature)
         if self.compiles:
             compile_parts(self.objective)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -1035,9 +931,7 @@ def train(o):
             if last or stopped_by or (run.step and run.step % o.save_every == 0 and not resumed):
                 run.save_all()
             if stopped_by:
-                run.say(
-                    f"stopped at step {run.step}, saved in {o.out}: the same command with --resume goes on"
-                )
+                run.say(f"stopped at step {run.step}, saved in {o.out}: --resume continues it")
                 sys.exit(128 + stopped_by)
             if last:
                 break

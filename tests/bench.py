@@ -14,6 +14,7 @@ told apart; each table starts with an empty compiler cache. OUT gets bench.md an
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import functools
 import gc
@@ -67,35 +68,59 @@ def seconds(step, repeat=1):
     return (time.perf_counter() - began) / repeat
 
 
-def take_turns(builders, rounds=None):
-    """{name: function that returns a step} -> {name: {"ms", "spread_ms", "first_s", "peak_gb"}}.
+def memory(key):
+    """Bytes in use now ("VmRSS") or at most since forget_peak ("VmHWM"), or None where nobody counts them."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()
+    if sys.platform != "linux":
+        return None
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
-    The peak is what a variant adds on the GPU to what was allocated before it was built: weights, optimizer
-    and activations. On the CPU no such counter exists, so it is left out.
+
+def forget_peak():
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def release():
+    """Give back what Python and the allocator hold for later, so that it is not counted as in use."""
+    gc.collect()
+    if DEVICE.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def take_turns(builders, rounds=None):
+    """{name: function that returns a step} -> {name: {"ms", "fastest_ms", "first_s", "peak_gb", "all_ms"}}.
+
+    The peak is that of the second step over what was in use before the variant was built: its weights,
+    gradients, optimizer and activations.
     """
-    cuda, steps, results = DEVICE.type == "cuda", {}, {}
-    torch._dynamo.reset(), gc.collect()
+    repeat, steps, results = 3 if DEVICE.type == "cuda" else 1, {}, {}
+    torch._dynamo.reset()
     with fresh_cache():
         for name, build in builders.items():
-            before = torch.cuda.memory_allocated() if cuda else 0
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+            release()
+            before = memory("VmRSS")
             try:
                 step = build()
                 first = seconds(step)
-                seconds(step, 3 if cuda else 1)
+                release(), forget_peak()
+                seconds(step, repeat)
             except Exception as e:  # one variant that cannot run must not cost the others their figures
                 NOTES.append(f"{name}: {type(e).__name__}: {str(e)[:150].splitlines()[:1]}")
                 print(f"  {NOTES[-1]}", file=sys.stderr)
                 continue
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else None
+            peak = None if before is None else (memory("VmHWM") - before) / 2**30
             steps[name], results[name] = step, {"first_s": first, "peak_gb": peak, "all_ms": []}
             print(f"  {name}: first step {first:.1f} s", file=sys.stderr, flush=True)
         for _ in range(rounds or ARGS.rounds):
             for name, step in steps.items():
-                results[name]["all_ms"].append(1000 * seconds(step, 10 if cuda else 1))
+                results[name]["all_ms"].append(1000 * seconds(step, 10 if repeat > 1 else 1))
     for r in results.values():
-        r |= {"ms": statistics.median(r["all_ms"]), "spread_ms": max(r["all_ms"]) - min(r["all_ms"])}
+        r |= {"ms": statistics.median(r["all_ms"]), "fastest_ms": min(r["all_ms"])}
     return results
 
 
@@ -116,11 +141,11 @@ def table(results, baseline, *columns):
     """Markdown of take_turns' results: `columns` are more (head, {name: text}); times is ms over baseline."""
     base = results.get(baseline, {}).get("ms")
     rows = [
-        [name, show(r["ms"]), show(r["spread_ms"]), show(base and base / r["ms"], ".2f"), show(r["first_s"])]
+        [name, show(r["ms"]), show(r["fastest_ms"]), show(base and base / r["ms"], ".2f"), show(r["first_s"])]
         + [show(r["peak_gb"], ".2f")] + [texts.get(name, "-") for _, texts in columns]
         for name, r in results.items()
     ]  # fmt: skip
-    head = ["variant", "ms a step", "max - min", f"times {baseline}", "first step, s", "peak, GB"]
+    head = ["variant", "ms a step", "fastest", f"times {baseline}", "first step, s", "peak, GB"]
     return ev.markdown([*head, *(head for head, _ in columns)], rows)
 
 
@@ -197,7 +222,7 @@ def ours(o, layers, compiled=False, distil=None):
     separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False) if distil == "separate" else None
     for network in (model, separate) if separate else (model,):
         cast_frozen(network, dtype)
-    objective = train.Objective(model, grow.original(model) if shared else separate, shared, 1.0, 2.0)
+    objective = grow.Objective(model, grow.original(model) if shared else separate, shared, 1.0, 2.0)
     if compiled:
         train.compile_parts(objective)
     return our_loop(o, model, objective)
@@ -319,7 +344,7 @@ def row_1c(dtypes):
         model = grown(SHAPE.n_layer + GROWTHS)
         if kept:
             cast_frozen(model, torch.bfloat16)
-        objective = train.Objective(model)
+        objective = grow.Objective(model)
         if compiled:
             train.compile_parts(objective)
         return our_loop(o, model, objective)
@@ -333,7 +358,7 @@ def growth_pauses(o, how):
     """Seconds at the start and at each growth: of growing, of the first step after it, of the median step."""
     torch._dynamo.reset()
     model, results = copy.deepcopy(base()).to(DEVICE), []
-    objective = train.Objective(model)
+    objective = grow.Objective(model)
     if how == "per block":
         train.compile_parts(objective)
     else:
@@ -350,7 +375,7 @@ def growth_pauses(o, how):
             step = our_loop(o, model, objective, step.optimizer)
         sync()
         between, first = time.perf_counter() - began, seconds(step)
-        seconds(step)
+        seconds(step)  # the second
         median = statistics.median(seconds(step) for _ in range(ARGS.rounds))
         results.append({"between_s": between, "first_s": first, "median_s": median})
         print(f"  {how}, event {event}: first step {first:.2f} s", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """What all tests share: the repository on the path, a cache folder of their own, and what lies beside it."""
 
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -8,9 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path(
-    os.environ.get("GROWING_GPT_SHARED", ROOT.parent / "shared")
-)  # true data, on some machines only
+SHARED = Path(os.environ.get("GROWING_GPT_SHARED", ROOT.parent / "shared"))  # true data, if it is there
 FIXTURES = ROOT / "tests" / "fixtures"
 
 sys.path.insert(0, str(ROOT))
@@ -22,3 +21,16 @@ _bpe = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")) / "6d1cbeee0f20b3d
 needs_tiktoken = pytest.mark.skipif(
     not _bpe.exists(), reason="GPT-2's tokenizer files are not in TIKTOKEN_CACHE_DIR"
 )
+
+
+def write_words(folder):
+    """A text file in which there is something to learn."""
+    words = random.Random(0).choices(["grow", "learn", "keep", "block", "layer", "token"], k=6000)
+    path = Path(folder) / "words.txt"
+    path.write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_words(tmp_path)

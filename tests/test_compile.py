@@ -3,14 +3,13 @@
 import functools
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch._dynamo.utils import counters
 
 import data
@@ -19,7 +18,6 @@ import grow
 import train
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
 TINY = dict(
     init="scratch", tokenizer="bytes", n_layer=6, n_head=2, n_embd=32, block_size=32, batch_size=4, lr=1e-3,
     max_steps=10, grow_every=2, max_growths=4, eval_every=1, eval_windows=10, test_windows=6, log_every=1,
@@ -44,14 +42,6 @@ def own_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def text(tmp_path):
-    words = random.Random(0).choices(["grow", "learn", "keep", "block", "layer", "token"], k=3000)
-    path = tmp_path / "words.txt"
-    path.write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
-    return str(path)
-
-
 def trace_only(monkeypatch):
     """Compile as always, but run each graph as it was traced: that counts graphs without a compiler."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -66,7 +56,7 @@ def compiled_network(o, layers=3):
     assert train.choose_machine(o)[2], "compiling must be possible here"
     torch.manual_seed(0)
     model = GPT(GPTConfig(data.BYTES, 32, 2, 32, (0,) * layers))
-    objective = train.Objective(model)
+    objective = grow.Objective(model)
     train.compile_parts(objective)
     ids = torch.randint(256, (4, 33))
     return model, objective, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -260,7 +260,8 @@ def put_wikitext(tmp_path, monkeypatch, members, right=None):
     raw = path.read_bytes()
     monkeypatch.setattr(data, "WIKITEXT_ZIP", (len(raw), hashlib.sha256(raw).hexdigest()))
     hashes = {
-        k: (m, hashlib.sha256(members[m].encode()).hexdigest()) for k, (m, _) in data.WIKITEXT_FILES.items()
+        k: (m, hashlib.sha256(members[f"wikitext-2-raw/wiki.{m}.raw"].encode()).hexdigest())
+        for k, (m, _) in data.WIKITEXT_FILES.items()
     }
     monkeypatch.setattr(data, "WIKITEXT_FILES", hashes | (right or {}))
 
@@ -286,7 +287,7 @@ def test_wikitext_members_are_read_by_exact_name(tmp_path, monkeypatch):
 
 def test_wikitext_member_with_another_hash_is_refused(tmp_path, monkeypatch):
     """Another WikiText gives other perplexities: each member is checked on its own."""
-    other = {"test": ("wikitext-2-raw/wiki.test.raw", "0" * 64)}
+    other = {"test": ("test", "0" * 64)}
     put_wikitext(tmp_path, monkeypatch, WIKI, other)
     with pytest.raises(data.UserError, match=r"wikitext-2-raw/wiki\.test\.raw in .*zip has the wrong sha256"):
         data.wikitext2()

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, write_words
 
 import data
 import eval as ev
 import train
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).parents[1]
 TINY = dict(
     init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, lr=1e-3,
     max_steps=16, grow_every=5, max_growths=2, eval_every=2, eval_windows=10, test_windows=6, log_every=1,
@@ -87,9 +86,7 @@ def one_thread():
 def runs(tmp_path_factory):
     """A folder with every run by one process (ONE) and by two, and what the two ranks saw."""
     folder = tmp_path_factory.mktemp("ddp")
-    words = random.Random(0).choices(["grow", "learn", "keep", "block", "layer", "token"], k=3000)
-    text = str(folder / "words.txt")
-    Path(text).write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
+    text = write_words(folder)
     for name, more in {**RUNS, "plain": {}, "continued": {"max_steps": 8}}.items():
         train.train(options(folder, text, name if name == "continued" else f"{name}-one", **more))
     torch.multiprocessing.spawn(worker, (str(folder), text), nprocs=2)

@@ -84,7 +84,7 @@ def test_flops_are_the_matrix_products():
     """Two operations per multiply-add: forward once; backward for inputs, and for weights that train."""
     B, T, C, V, L = 2, 8, 16, 23, 3
     net = GPT(GPTConfig(V, T, 2, C, (0,) * L))
-    objective = train.Objective(net)
+    objective = grow.Objective(net)
     x, y = torch.randint(V, (B, T)), torch.randint(V, (B, T))
     block, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V
     assert train.count_flops(objective, x, y) == 3 * B * (L * (block + attention) + head)

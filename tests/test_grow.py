@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import grow
-import train
 from data import UserError
 from model import GPT, GPTConfig
 
@@ -110,7 +109,7 @@ def test_original_shares_every_tensor_and_gives_the_pretrained_logits():
     assert not torch.equal(model(idx)[0], pretrained(idx)[0])
     owned = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in teacher.parameters()} <= owned
-    objective = train.Objective(model, teacher, True, 1.0, 2.0)
+    objective = grow.Objective(model, teacher, True, 1.0, 2.0)
     assert len({p.data_ptr() for p in objective.parameters()}) == len(owned)
 
 
@@ -263,7 +262,7 @@ def test_shared_teacher_is_the_teacher(extra):
             for p in model.h[i].parameters():
                 p.data += torch.randn_like(p) * 0.1
         grow.freeze(model, "base")
-        objective = train.Objective(model, grow.original(model) if shared else own, shared, 1.0, 2.0)
+        objective = grow.Objective(model, grow.original(model) if shared else own, shared, 1.0, 2.0)
         x, y = batch(rows=4 + extra)
         losses = objective(x, y[:4])
         losses[0].backward()
@@ -282,14 +281,14 @@ def test_losses_in_portions_are_those_of_the_whole(monkeypatch, extra, dtype):
         model = small(3)
         grow.insert_block(model, 2)
         grow.freeze(model, "base")
-        monkeypatch.setitem(train.PORTION, "cpu", tokens * model.config.vocab_size)
+        monkeypatch.setitem(grow.PORTION, "cpu", tokens * model.config.vocab_size)
         teacher = None if extra is None else grow.original(model)
         torch.manual_seed(1)
         for p in model.h[2].parameters():
             p.data += torch.randn_like(p) * 0.1
         x, y = batch(rows=4 + (extra or 0))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            losses = train.Objective(model, teacher, True, 0.5, 2.0)(x, y[:4])
+            losses = grow.Objective(model, teacher, True, 0.5, 2.0)(x, y[:4])
         (1000 * losses[0]).backward()  # scaled, as float16 scales it
         with torch.no_grad():
             plain = F.cross_entropy(model(x)[0][:4].flatten(0, 1), y[:4].flatten())

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import data
 import grow
 import model as m
-import train
 from model import GPT, GPTConfig
 
 SHAPES = [
@@ -41,6 +40,16 @@ def pair(vocab, positions, heads, width, depth, seed=0):
     return ours, theirs
 
 
+def assert_same_gradients(ours, theirs):
+    named = dict(theirs.transformer.named_parameters())
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            grad = named[name].grad
+            assert torch.allclose(p.grad, grad.t() if m.is_linear(name) else grad, atol=1e-5), name
+        else:
+            assert p.grad is None
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_are_those_of_transformers(shape):
     """At one token, at a few and at the full context: the network is GPT-2 and not merely like it."""
@@ -52,10 +61,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape):
     reference = theirs(idx, labels=idx).loss
     assert abs(loss - reference) < 1e-5
     loss.backward(), reference.backward()
-    named = dict(theirs.transformer.named_parameters())
-    for name, p in ours.named_parameters():
-        grad = named[name].grad
-        assert torch.allclose(p.grad, grad.t() if m.is_linear(name) else grad, atol=1e-5), name
+    assert_same_gradients(ours, theirs)
 
 
 def test_with_a_frozen_base_loss_and_gradients_are_those_of_transformers():
@@ -65,17 +71,11 @@ def test_with_a_frozen_base_loss_and_gradients_are_those_of_transformers():
         network.requires_grad_(False)
         network.h[1].requires_grad_(True)
     idx = torch.randint(100_000, (2, 64))
-    loss = train.Objective(ours)(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[0]
+    loss = grow.Objective(ours)(idx[:, :-1].contiguous(), idx[:, 1:].contiguous())[0]
     reference = theirs(idx, labels=idx).loss
     assert abs(loss - reference) < 1e-5
     loss.backward(), reference.backward()
-    named = dict(theirs.transformer.named_parameters())
-    for name, p in ours.named_parameters():
-        grad = named[name].grad
-        if p.requires_grad:
-            assert torch.allclose(p.grad, grad.t() if m.is_linear(name) else grad, atol=1e-5), name
-        else:
-            assert p.grad is None
+    assert_same_gradients(ours, theirs)
 
 
 def test_a_cast_kept_for_frozen_matrices_changes_no_bit():

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import data
 import eval as ev
+import grow
 import train
 from data import UsageError, UserError
 
@@ -25,15 +26,6 @@ TINY = dict(
     save_every=2, device="cpu", dtype="float32",
 )  # fmt: skip
 EXACT = ("model", "optimizer", "step", "flops", "trigger", "options", "init", "log_bytes", "model_config")
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A text file in which there is something to learn."""
-    words = random.Random(0).choices(["grow", "learn", "keep", "block", "layer", "token"], k=6000)
-    path = tmp_path / "words.txt"
-    path.write_text("\n".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)))
-    return str(path)
 
 
 def options(text, out, **more):
@@ -226,7 +218,7 @@ def test_cut_log_is_refused(text, tmp_path):
 
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(text, tmp_path, monkeypatch):
     """NaN from step 7 on: the run names the step, and checkpoint and best are those from before."""
-    real = train.Objective.losses
+    real = grow.Objective.losses
 
     def poisoned(self, hidden, target, y):
         losses = real(self, hidden, target, y)
@@ -234,7 +226,7 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(text, tmp_path, monkeypa
         return losses * float("nan") if torch.is_grad_enabled() and len(calls) > 12 else losses
 
     calls = []
-    monkeypatch.setattr(train.Objective, "losses", poisoned)
+    monkeypatch.setattr(grow.Objective, "losses", poisoned)
     with pytest.raises(UserError, match="at step .*--lr"):
         train.train(options(text, tmp_path / "run", max_steps=30, save_every=3, log_every=5))
     saved = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")
