@@ -289,7 +289,7 @@ def test_wikitext_member_with_another_hash_is_refused(tmp_path, monkeypatch):
     """Another WikiText gives other perplexities: each member is checked on its own."""
     other = {"test": ("test", "0" * 64)}
     put_wikitext(tmp_path, monkeypatch, WIKI, other)
-    with pytest.raises(data.UserError, match=r"wikitext-2-raw/wiki\.test\.raw in .*zip has the wrong sha256"):
+    with pytest.raises(data.UserError, match=r"wiki\.test\.raw in .*zip has the wrong sha256"):
         data.wikitext2()
 
 
