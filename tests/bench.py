@@ -281,23 +281,37 @@ def theirs(o, layers, compiled=False):
 
 
 def row_1(dtypes):
-    """The card's training step, 8 x 128 tokens"""
+    """The card's training step, 8 x 128 tokens: milliseconds (median), times faster, peak memory in GB"""
     model, other = grown(SHAPE.n_layer + 1), their_model(SHAPE.n_layer + 1)
     x = torch.arange(64, device=DEVICE)[None]
     with torch.no_grad():
         difference = (model(x)[0] - other(x).logits).abs().max().item()
     assert difference < 1e-2, f"ours and theirs do not compute the same: {difference}"
     del model, other
-    text, results = f"largest difference of their logits: {difference:.1e}", {}
+    results = {}
     for dtype, layers in itertools.product(dtypes, range(SHAPE.n_layer, SHAPE.n_layer + GROWTHS + 1)):
-        o, name = options(dtype), f"{dtype}, {layers} layers"
+        o, trains = options(dtype), "all train" if layers == SHAPE.n_layer else "base frozen"
         kinds = {"transformers": theirs, "ours": ours}
         kinds = {kind: functools.partial(build, o, layers) for kind, build in kinds.items()}
+        name = f"{dtype}, {layers} blocks, {trains}"
         results[name] = take_turns(variants(kinds))
-        trains = "all train" if layers == SHAPE.n_layer else "base frozen"
-        text += f"\n\n{name}, {trains}\n\n" + table(results[name], "transformers")
         print(f"\n{name}\n{table(results[name], 'transformers')}", flush=True)
-    return text, results
+    return f"largest difference of their logits: {difference:.1e}\n\n{side_by_side(results)}", results
+
+
+def side_by_side(results):
+    """One table of row 1's results."""
+    rows, pair = [], ("transformers", "ours")
+    for name, r in results.items():
+        row, memory = [name], []
+        for end in ("", ", compiled"):
+            two = [r.get(kind + end, {}) for kind in pair]
+            times = two[0]["ms"] / two[1]["ms"] if all(two) else None
+            row += [*(show(x.get("ms"), ".0f") for x in two), show(times, ".2f")]
+            memory.append(" / ".join(show(x.get("peak_gb"), ".1f") for x in two))
+        rows.append(row + memory)
+    head = ["step", *pair, "times", "compiled: " + pair[0], pair[1], "times", "GB, eager", "GB, compiled"]
+    return ev.markdown(head, rows)
 
 
 def row_1b(dtypes):
