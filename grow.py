@@ -332,4 +332,4 @@ class InPortions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, None, gradient[0] * ctx.dx, *[None] * 2
+        return None, None, gradient[0] * ctx.dx, None, None

@@ -368,6 +368,52 @@ def row_1c(dtypes):
     return table(results, "float32"), results
 
 
+def row_1d(dtypes):
+    """The step of 15 blocks launched kernel by kernel, and replayed as one CUDA graph"""
+    if DEVICE.type != "cuda":
+        return "CUDA only", {}
+    o = options(dtypes[-1])
+
+    def replayed(compiled):
+        model = grown(SHAPE.n_layer + GROWTHS)
+        cast_frozen(model, getattr(torch, o.dtype))
+        objective = grow.Objective(model)
+        if compiled:
+            train.compile_parts(objective)
+        optimizer, batches = train.make_optimizer(model, o, DEVICE), random_batches(o)
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        ((x, y),) = batches()  # where every replay finds its batch
+
+        def whole_step():
+            with autocast(o):
+                losses = objective(x, y)
+            losses[0].backward()
+            torch.nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                whole_step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            whole_step()
+
+        def step():
+            ((new_x, new_y),) = batches()
+            x.copy_(new_x), y.copy_(new_y)
+            graph.replay()
+
+        return step
+
+    kinds = {"launched": functools.partial(ours, o, SHAPE.n_layer + GROWTHS), "replayed": replayed}
+    results = take_turns(variants(kinds))
+    return f"{dtypes[-1]}\n\n{table(results, 'launched')}", results
+
+
 def growth_pauses(o, how):
     """Seconds at the start and at each growth: of growing, of the first step after it, of the median step."""
     torch._dynamo.reset()
@@ -505,13 +551,7 @@ def row_5(dtypes):
         results[f"{who}, {what} folder"] = r
         times = [f"{r[key]:.3f}" for key in ("seconds", "read_s", "spread_s")]
         rows.append([f"{who}, {what} folder", *times, show(r["peak_gb"], ".2f")])
-    head = [
-        "loader and format",
-        "loaded, s",
-        "and read, s",
-        "max - min",
-        "peak memory added, GB",
-    ]
+    head = ["loader and format", "loaded, s", "and read, s", "max - min", "peak memory added, GB"]
     return ev.markdown(head, rows), results
 
 
@@ -549,7 +589,8 @@ def row_6(dtypes):
     return text + ev.markdown(["part", "seconds"], [[k, f"{v:.1f}"] for k, v in parts.items()]), parts
 
 
-ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "2": row_2, "3": row_3, "4": row_4, "5": row_5, "6": row_6}
+ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "1d": row_1d}
+ROWS |= {"2": row_2, "3": row_3, "4": row_4, "5": row_5, "6": row_6}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def test_ewc_penalty():
     for p in model.parameters():
         p.data += 0.1
     expected = sum(f.sum() for f in ewc.fisher.values()) * 0.01 / 2
-    assert math.isclose(ewc.penalty(model), expected, rel_tol=1e-4)
+    assert math.isclose(ewc.penalty(model).item(), expected.item(), rel_tol=1e-4)
     grow.freeze(model, "base")
     assert ewc.penalty(model) == 0
 
