@@ -146,9 +146,7 @@ def _download(url, part, size):
     if have:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as r:
-        if (
-            have and r.status_code == 416
-        ):  # nothing after what we have: whether it is right, the hash will say
+        if have and r.status_code == 416:  # nothing follows what we have: the hash will say if it is right
             return
         r.raise_for_status()
         resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")

@@ -1,4 +1,4 @@
-"""The benchmark: this repository beside transformers, in one process, taking turns.
+"""The benchmark: this repository beside transformers, taking turns.
 
     python tests/bench.py                              every row that this machine can measure
     python tests/bench.py --rows=1,2 --out=out/bench   some of them
@@ -6,9 +6,10 @@
 
 Ours are train.py's own parts, called as train.py calls them; theirs is GPT2LMHeadModel grown and frozen the
 same way, in the plain loop its users write. Weights are random, of GPT-2 124M's shape; where both are timed
-they hold the same numbers, and their logits are compared first. Variants take turns, so that whatever else
+they hold the same numbers, and their logits are compared first. Each variant lives in a process of its own,
+so that neither its allocator nor its compiler knows of the others, and all take turns, so that whatever else
 the machine does meets all of them; a figure is the median over rounds. The first step, which compiles, is
-told apart; each table starts with an empty compiler cache. OUT gets bench.md and bench.json.
+told apart and starts with an empty compiler cache. OUT gets bench.md and bench.json.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import functools
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -92,33 +94,61 @@ def release():
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def work(pipe, settings, build):
+    """The process of one variant: build its step when asked, then take as many steps as asked each time."""
+    globals().update(settings)
+    torch._dynamo.config.recompile_limit = 64  # like the next, what train.choose_machine sets
+    if DEVICE.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    base()  # what all variants copy from does not count as theirs
+    pipe.recv()
+    try:
+        with fresh_cache():
+            release()
+            before = memory("VmRSS")
+            step = build()
+            first = seconds(step)
+            release(), forget_peak()
+            seconds(step)
+            peak = None if before is None else (memory("VmHWM") - before) / 2**30
+            pipe.send({"first_s": first, "peak_gb": peak, "all_ms": []})
+            while repeat := pipe.recv():
+                pipe.send(1000 * seconds(step, repeat))
+    except Exception as e:  # one variant that cannot run must not cost the others their figures
+        pipe.send(f"{type(e).__name__}: {str(e)[:150].splitlines()[:1]}")
+
+
 def take_turns(builders, rounds=None):
     """{name: function that returns a step} -> {name: {"ms", "fastest_ms", "first_s", "peak_gb", "all_ms"}}.
 
     The peak is that of the second step over what was in use before the variant was built: its weights,
     gradients, optimizer and activations.
     """
-    repeat, steps, results = 3 if DEVICE.type == "cuda" else 1, {}, {}
-    torch._dynamo.reset()
-    with fresh_cache():
-        for name, build in builders.items():
-            release()
-            before = memory("VmRSS")
-            try:
-                step = build()
-                first = seconds(step)
-                release(), forget_peak()
-                seconds(step, repeat)
-            except Exception as e:  # one variant that cannot run must not cost the others their figures
-                NOTES.append(f"{name}: {type(e).__name__}: {str(e)[:150].splitlines()[:1]}")
-                print(f"  {NOTES[-1]}", file=sys.stderr)
-                continue
-            peak = None if before is None else (memory("VmHWM") - before) / 2**30
-            steps[name], results[name] = step, {"first_s": first, "peak_gb": peak, "all_ms": []}
-            print(f"  {name}: first step {first:.1f} s", file=sys.stderr, flush=True)
-        for _ in range(rounds or ARGS.rounds):
-            for name, step in steps.items():
-                results[name]["all_ms"].append(1000 * seconds(step, 10 if repeat > 1 else 1))
+    spawn, pipes, results = multiprocessing.get_context("spawn"), {}, {}
+    settings = {"ARGS": ARGS, "DEVICE": DEVICE, "SHAPE": SHAPE}
+    for name, build in builders.items():
+        pipes[name], end = spawn.Pipe()
+        spawn.Process(target=work, args=(end, settings, build), daemon=True).start()
+        end.close()
+    for name, pipe in list(pipes.items()):
+        try:
+            pipe.send("build")
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            answer = "its process died, for want of memory perhaps"
+        if isinstance(answer, str):
+            NOTES.append(f"{name}: {answer}")
+            print(f"  {NOTES[-1]}", file=sys.stderr)
+            del pipes[name]
+            continue
+        results[name] = answer
+        print(f"  {name}: first step {answer['first_s']:.1f} s", file=sys.stderr, flush=True)
+    for _ in range(rounds or ARGS.rounds):
+        for name, pipe in pipes.items():
+            pipe.send(10 if DEVICE.type == "cuda" else 1)
+            results[name]["all_ms"].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(0)
     for r in results.values():
         r |= {"ms": statistics.median(r["all_ms"]), "fastest_ms": min(r["all_ms"])}
     return results
@@ -199,6 +229,7 @@ def grown(layers):
 
 def our_loop(o, model, objective, previous=None):
     """One step of train.py's loop. `previous`: the optimizer before a growth."""
+    train.keep_freed_memory()
     optimizer, batches = train.make_optimizer(model, o, DEVICE, previous), random_batches(o)
 
     def step():
@@ -216,12 +247,13 @@ def our_loop(o, model, objective, previous=None):
     return step
 
 
-def ours(o, layers, compiled=False, distil=None):
+def ours(o, layers, compiled=False, distil=None, cast=True):
     model, dtype = grown(layers), getattr(torch, o.dtype)
     shared = distil == "shared"
     separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False) if distil == "separate" else None
-    for network in (model, separate) if separate else (model,):
-        cast_frozen(network, dtype)
+    for network in (model, separate):
+        if network and cast:
+            cast_frozen(network, dtype)
     objective = grow.Objective(model, grow.original(model) if shared else separate, shared, 1.0, 2.0)
     if compiled:
         train.compile_parts(objective)
@@ -276,6 +308,12 @@ def theirs(o, layers, compiled=False):
     return step
 
 
+def theirs_keeping(*args, **more):
+    """With the memory setting that ours runs under: what of the difference is that?"""
+    train.keep_freed_memory()
+    return theirs(*args, **more)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Rows
 
@@ -292,80 +330,108 @@ def row_1(dtypes):
     for dtype, layers in itertools.product(dtypes, range(SHAPE.n_layer, SHAPE.n_layer + GROWTHS + 1)):
         o, trains = options(dtype), "all train" if layers == SHAPE.n_layer else "base frozen"
         kinds = {"transformers": theirs, "ours": ours}
-        kinds = {kind: functools.partial(build, o, layers) for kind, build in kinds.items()}
+        builders = variants({kind: functools.partial(build, o, layers) for kind, build in kinds.items()})
+        if DEVICE.type == "cpu":
+            builders["transformers, memory kept"] = functools.partial(theirs_keeping, o, layers)
         name = f"{dtype}, {layers} blocks, {trains}"
-        results[name] = take_turns(variants(kinds))
+        results[name] = take_turns(builders)
         print(f"\n{name}\n{table(results[name], 'transformers')}", flush=True)
     return f"largest difference of their logits: {difference:.1e}\n\n{side_by_side(results)}", results
 
 
 def side_by_side(results):
     """One table of row 1's results."""
-    rows, pair = [], ("transformers", "ours")
+    kinds = ["transformers", "ours", "transformers, memory kept", "transformers, compiled", "ours, compiled"]
+    rows = []
     for name, r in results.items():
-        row, memory = [name], []
-        for end in ("", ", compiled"):
-            two = [r.get(kind + end, {}) for kind in pair]
-            times = two[0]["ms"] / two[1]["ms"] if all(two) else None
-            row += [*(show(x.get("ms"), ".0f") for x in two), show(times, ".2f")]
-            memory.append(" / ".join(show(x.get("peak_gb"), ".1f") for x in two))
-        rows.append(row + memory)
-    head = ["step", *pair, "times", "compiled: " + pair[0], pair[1], "times", "GB, eager", "GB, compiled"]
+        found = [r.get(kind, {}) for kind in kinds]
+        times = [show(found[0] and x and found[0]["ms"] / x["ms"], ".2f") for x in (found[1], found[4])]
+        memory = " / ".join(show(x.get("peak_gb"), ".1f") for x in (found[0], found[1], found[4]))
+        rows.append([name, *(show(x.get("ms"), ".0f") for x in found), *times, memory])
+    head = ["step", *kinds, "times: ours", "ours, compiled", "GB: transformers / ours / ours, compiled"]
     return ev.markdown(head, rows)
+
+
+def head_step(o, rows, trains, T, compiled):
+    """Final norm, head and loss, forward and backward; of the head's `rows` only the vocabulary counts."""
+    train.keep_freed_memory()
+    norm, tokens, V = torch.nn.LayerNorm(SHAPE.n_embd).to(DEVICE), ARGS.batch_size * T, SHAPE.vocab_size
+    weight = torch.nn.Parameter(torch.randn(rows, SHAPE.n_embd, device=DEVICE) * 0.02, trains)
+    norm.requires_grad_(trains)
+    x = torch.randn(1, tokens, SHAPE.n_embd, device=DEVICE, requires_grad=True)
+    y = torch.randint(V, (1, tokens), device=DEVICE)
+
+    def loss(x):  # the padded ids are cut off: none can be predicted or sampled
+        return cross_entropy(F.linear(norm(x), weight)[..., :V], y).mean()
+
+    loss = torch.compile(loss, dynamic=False) if compiled else loss
+
+    def step():
+        with autocast(o):
+            value = loss(x)
+        value.backward()
+        x.grad = weight.grad = norm.weight.grad = norm.bias.grad = None
+
+    return step
 
 
 def row_1b(dtypes):
     """Final norm, head and loss: 50,257 rows of the matrix against 50,304, forward and backward"""
     V, padded = SHAPE.vocab_size, -(-SHAPE.vocab_size // 64) * 64
     text, results = "", {}
-
-    def head(o, rows, trains, T, compiled):
-        norm, tokens = torch.nn.LayerNorm(SHAPE.n_embd).to(DEVICE), ARGS.batch_size * T
-        weight = torch.nn.Parameter(torch.randn(rows, SHAPE.n_embd, device=DEVICE) * 0.02, trains)
-        norm.requires_grad_(trains)
-        x = torch.randn(1, tokens, SHAPE.n_embd, device=DEVICE, requires_grad=True)
-        y = torch.randint(V, (1, tokens), device=DEVICE)
-
-        def loss(x):  # the padded ids are cut off: none can be predicted or sampled
-            return cross_entropy(F.linear(norm(x), weight)[..., :V], y).mean()
-
-        loss = torch.compile(loss, dynamic=False) if compiled else loss
-
-        def step():
-            with autocast(o):
-                value = loss(x)
-            value.backward()
-            x.grad = weight.grad = norm.weight.grad = norm.bias.grad = None
-
-        return step
-
     lengths = [ARGS.block_size] + ([1024] if DEVICE.type == "cuda" else [])
     for dtype, T, trains in itertools.product(dtypes, lengths, (False, True)):
         name = f"{dtype}, {ARGS.batch_size} x {T} tokens, matrix {'trained' if trains else 'frozen'}"
-        kinds = {str(n): functools.partial(head, options(dtype), n, trains, T) for n in (V, padded)}
+        kinds = {str(n): functools.partial(head_step, options(dtype), n, trains, T) for n in (V, padded)}
         results[name] = take_turns(variants(kinds), 3 * ARGS.rounds)
         text += f"\n\n{name}\n\n" + table(results[name], str(V))
     return text.strip(), results
 
 
 def row_1c(dtypes):
-    """Frozen matrices kept in bfloat16 against float32 that autocast casts in every step"""
+    """Frozen matrices kept in bfloat16 against float32 that autocast casts in every step, 15 blocks"""
     if "bfloat16" not in dtypes:
         return "no native bfloat16 here", {}
-    o = options("bfloat16")
-
-    def build(kept, compiled):
-        model = grown(SHAPE.n_layer + GROWTHS)
-        if kept:
-            cast_frozen(model, torch.bfloat16)
-        objective = grow.Objective(model)
-        if compiled:
-            train.compile_parts(objective)
-        return our_loop(o, model, objective)
-
-    kinds = {"float32": functools.partial(build, False), "bfloat16": functools.partial(build, True)}
-    results = take_turns(variants(kinds))
+    step = functools.partial(ours, options("bfloat16"), SHAPE.n_layer + GROWTHS)
+    results = take_turns(variants({"float32": functools.partial(step, cast=False), "bfloat16": step}))
     return table(results, "float32"), results
+
+
+def replayed(o, compiled):
+    """The whole step of 15 blocks, recorded once as a CUDA graph."""
+    model = grown(SHAPE.n_layer + GROWTHS)
+    cast_frozen(model, getattr(torch, o.dtype))
+    objective = grow.Objective(model)
+    if compiled:
+        train.compile_parts(objective)
+    optimizer, batches = train.make_optimizer(model, o, DEVICE), random_batches(o)
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    ((x, y),) = batches()  # where every replay finds its batch
+
+    def whole_step():
+        with autocast(o):
+            losses = objective(x, y)
+        losses[0].backward()
+        torch.nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            whole_step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        whole_step()
+
+    def step():
+        ((new_x, new_y),) = batches()
+        x.copy_(new_x), y.copy_(new_y)
+        graph.replay()
+
+    return step
 
 
 def row_1d(dtypes):
@@ -373,44 +439,8 @@ def row_1d(dtypes):
     if DEVICE.type != "cuda":
         return "CUDA only", {}
     o = options(dtypes[-1])
-
-    def replayed(compiled):
-        model = grown(SHAPE.n_layer + GROWTHS)
-        cast_frozen(model, getattr(torch, o.dtype))
-        objective = grow.Objective(model)
-        if compiled:
-            train.compile_parts(objective)
-        optimizer, batches = train.make_optimizer(model, o, DEVICE), random_batches(o)
-        for group in optimizer.param_groups:
-            group["capturable"] = True
-        ((x, y),) = batches()  # where every replay finds its batch
-
-        def whole_step():
-            with autocast(o):
-                losses = objective(x, y)
-            losses[0].backward()
-            torch.nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                whole_step()
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            whole_step()
-
-        def step():
-            ((new_x, new_y),) = batches()
-            x.copy_(new_x), y.copy_(new_y)
-            graph.replay()
-
-        return step
-
-    kinds = {"launched": functools.partial(ours, o, SHAPE.n_layer + GROWTHS), "replayed": replayed}
-    results = take_turns(variants(kinds))
+    launched = functools.partial(ours, o, SHAPE.n_layer + GROWTHS)
+    results = take_turns(variants({"launched": launched, "replayed": functools.partial(replayed, o)}))
     return f"{dtypes[-1]}\n\n{table(results, 'launched')}", results
 
 
@@ -489,7 +519,6 @@ def row_4(dtypes):
     rows, results = [], {}
     for name, build in variants({"transformers": theirs, "ours": ours}).items():
         for batch in (128, 64, 32, 16, 8, 4):  # alone on the GPU, so that each gets its own largest
-            gc.collect(), torch.cuda.empty_cache()
             o, tried = options("bfloat16", block_size=T, batch_size=batch), f"{name}, batch {batch}"
             r = take_turns({tried: functools.partial(build, o, L)}).get(tried)
             if r:
