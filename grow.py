@@ -287,7 +287,8 @@ class Objective(nn.Module):
     def of_rows(self, hidden, target, y):
         """Losses (3,) of rows that all have targets y (B, T), or a teacher's output (B, T, C), or both."""
         rows = [t if t is None else t.flatten(0, 1) for t in (hidden, target, y)]
-        if self.model.wte.weight.requires_grad or not self.portions:
+        head = *self.model.ln_f.parameters(), *self.model.wte.parameters()
+        if not self.portions or any(p.requires_grad for p in head):
             return self.losses(*rows)
         size = max(1, PORTION[hidden.device.type] // self.model.config.vocab_size)
         return InPortions.apply(self.losses, size, *rows)

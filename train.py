@@ -690,10 +690,11 @@ class Run:
     def prepare_training(self, saved):
         """Objective, optimizer, trigger and counters, as they were where a checkpoint was made."""
         o = self.o
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.objective = grow.Objective(self.model, self.teacher, self.shared, o.kd_weight, o.kd_temperature)
+        self.objective.portions = not self.scaler.is_enabled()  # they go back before the loss can be scaled
         if self.compiles:
             compile_parts(self.objective)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.rewire()
         plateau = grow.Plateau(o.patience, o.min_delta)
         schedule = grow.Schedule(o.grow_every, first_growth(o))

@@ -444,6 +444,49 @@ def row_1d(dtypes):
     return f"{dtypes[-1]}\n\n{table(results, 'launched')}", results
 
 
+def products(o, layers):
+    """The matrix products of a step's linear layers and head, one after the other, and nothing else."""
+    train.keep_freed_memory()
+    C, tokens, dtype = SHAPE.n_embd, o.batch_size * o.block_size, getattr(torch, o.dtype)
+    block, pairs, inserted = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)], [], list(placements(layers))
+    for i, at in enumerate(inserted):  # where the blocks are in the end
+        inserted[:i] = [j + (j >= at) for j in inserted[:i]]
+    everything, lowest = not inserted, min(inserted, default=0)
+
+    def linear(n_in, n_out, passes_on, trains):
+        def random(*shape):
+            return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+        x, w, gradient = random(tokens, n_in), random(n_out, n_in), random(tokens, n_out)
+        pairs.append((x, w.t()))
+        if passes_on:
+            pairs.append((gradient, w))
+        if trains:
+            pairs.append((gradient.t(), x))
+
+    for i, (n_in, n_out) in itertools.product(range(layers), block):
+        linear(n_in, n_out, i >= lowest, everything or i in inserted)
+    linear(C, SHAPE.vocab_size, True, everything)
+
+    def step():
+        for a, b in pairs:
+            torch.mm(a, b)
+
+    return step
+
+
+def row_1e(dtypes):
+    """The matrix products of row 1's steps alone: what computes the same can hardly take less"""
+    results, rows = {}, []
+    for dtype in dtypes:
+        depths = range(SHAPE.n_layer, SHAPE.n_layer + GROWTHS + 1)
+        names = {f"{dtype}, {layers} blocks": layers for layers in depths}
+        results |= take_turns({k: functools.partial(products, options(dtype), n) for k, n in names.items()})
+    for name, r in results.items():
+        rows.append([name, show(r["ms"], ".0f"), show(r["fastest_ms"], ".0f")])
+    return ev.markdown(["products of", "ms (median)", "fastest"], rows), results
+
+
 def growth_pauses(o, how):
     """Seconds at the start and at each growth: of growing, of the first step after it, of the median step."""
     torch._dynamo.reset()
@@ -618,7 +661,7 @@ def row_6(dtypes):
     return text + ev.markdown(["part", "seconds"], [[k, f"{v:.1f}"] for k, v in parts.items()]), parts
 
 
-ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "1d": row_1d}
+ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "1d": row_1d, "1e": row_1e}
 ROWS |= {"2": row_2, "3": row_3, "4": row_4, "5": row_5, "6": row_6}
 
 

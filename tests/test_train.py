@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -424,3 +425,40 @@ def test_every_option_is_in_the_help(capsys):
     assert e.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{f.name}" in text for f in dataclasses.fields(train.Options))
+
+
+def test_float16_scales_its_loss(text, tmp_path):
+    """Through growth and frozen head; a portion would go back unscaled, where float16 rounds it to zero."""
+    o = options(text, tmp_path / "run", dtype="float16", max_steps=6)
+    train.train(o)
+    run = train.Run(dataclasses.replace(o, resume="yes"))
+    assert run.scaler.get_scale() > 1 and run.model.config.n_layer == 4 and not run.objective.portions
+    steps = [row for row in rows(o.out) if row["kind"] == "step"]
+    assert len(steps) == 6 and all(torch.tensor(row["norm"]).isfinite() for row in steps[1:])
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+RESIDENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, train
+
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
+
+if sys.argv[2] == "keep":
+    train.keep_freed_memory()
+before = megabytes()
+x = torch.ones(2**26)  # 256 MB
+del x
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
+def test_freed_memory_is_kept():
+    def left(how):
+        run = [sys.executable, "-c", RESIDENT, ROOT, how]
+        return int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
+
+    assert left("keep") > 200 and left("return") < 50
