@@ -11,7 +11,6 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
     teacher = original(model)               # the network without its grown blocks, sharing every tensor
 """
 
-import collections
 from dataclasses import replace
 
 import torch
@@ -260,16 +259,15 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.shared, self.kd_weight, self.temperature = model, shared, kd_weight, temperature
         self.__dict__["teacher"] = teacher  # not a submodule: DDP need not know it
-        self.portions = True  # whether logits of a frozen head are taken in portions (InPortions)
 
     def forward(self, x, y):
         B = len(y)
         if self.teacher is None:
-            return self.of_rows(self.model.run(self.model.embed(x)), None, y)
+            return self.losses(self.model.run(self.model.embed(x)), None, y)
         if len(x) == B:
-            return self.of_rows(*self.run_both(x, 0), y)
+            return self.losses(*self.run_both(x, 0), y)
         hidden, target = self.run_both(x, B)
-        return self.of_rows(hidden[:B], None, y) + self.of_rows(hidden[B:], target, None)
+        return self.losses(hidden[:B], None, y) + self.losses(hidden[B:], target, None)
 
     def run_both(self, x, first):
         """Last blocks' outputs, of the network on all rows of x and of the teacher from row `first` on.
@@ -284,17 +282,8 @@ class Objective(nn.Module):
             target = self.teacher.run(start, start=fork)
         return self.model.run(below, start=fork), target
 
-    def of_rows(self, hidden, target, y):
-        """Losses (3,) of rows that all have targets y (B, T), or a teacher's output (B, T, C), or both."""
-        rows = [t if t is None else t.flatten(0, 1) for t in (hidden, target, y)]
-        head = *self.model.ln_f.parameters(), *self.model.wte.parameters()
-        if not self.portions or any(p.requires_grad for p in head):
-            return self.losses(*rows)
-        size = max(1, PORTION[hidden.device.type] // self.model.config.vocab_size)
-        return InPortions.apply(self.losses, size, *rows)
-
     def losses(self, hidden, target, y):
-        """The same, of tokens: hidden (N, C), target (N, C) or None, y (N,) or None."""
+        """The three losses of rows with targets y (B, T), or a teacher's last output (B, T, C), or both."""
         logits, nothing = self.model.head(hidden), torch.zeros((), device=hidden.device)
         nll = nothing if y is None else cross_entropy(logits, y).mean()
         if target is None:
@@ -304,33 +293,3 @@ class Objective(nn.Module):
                 wanted = self.teacher.head(target)
             kd = distillation_loss(logits, wanted, self.temperature)
         return torch.stack([nll + self.kd_weight * kd, nll.detach(), kd.detach()])
-
-
-PORTION = collections.defaultdict(lambda: 2**27, cpu=2**23)  # logits at a time: 32 MB in float32 on a CPU
-
-
-class InPortions(torch.autograd.Function):
-    """loss(x, ...)[0], a mean over the rows of x (N, C), with its gradient by x, a few rows at a time.
-
-    For a loss through a frozen head. Its (N, V) logits are by far the largest tensor of a step; taking each
-    portion through head, loss and back before the next, they never exist as a whole, and a portion of them
-    stays near a CPU's cache. (Liger Kernel, arXiv 2410.10989, section 3.2; a compiler fuses the whole by
-    itself, so train.py turns this off where it compiles.)
-    """
-
-    @staticmethod
-    def forward(ctx, loss, size, x, *others):
-        total, ctx.dx = 0, torch.empty_like(x)
-        for i in range(0, len(x), size):
-            rows = slice(i, i + size)
-            with torch.enable_grad():
-                portion = x[rows].detach().requires_grad_()
-                losses = loss(portion, *(t if t is None else t[rows] for t in others))
-                losses = losses * len(portion) / len(x)
-                (ctx.dx[rows],) = torch.autograd.grad(losses[0], portion)
-            total += losses.detach()
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, None, gradient[0] * ctx.dx, None, None

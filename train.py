@@ -356,7 +356,7 @@ def compile_parts(objective):
     for block in {*model.h, *(teacher.h if teacher else ())}:
         block.compile(dynamic=False)
     model.token_loss = torch.compile(model.token_loss, dynamic=False)  # for evaluation
-    objective.losses, objective.portions = torch.compile(objective.losses, dynamic=False), False
+    objective.losses = torch.compile(objective.losses, dynamic=False)
 
 
 def count_flops(objective, x, y):
@@ -372,16 +372,13 @@ def count_flops(objective, x, y):
             torch.autograd.grad(objective(rows, y[:1])[0], grow.trainable(objective.model))
         return counter.get_total_flops()
 
-    # Eagerly, in one piece, and with plain matrix products for attention: the counter does not know every
-    # fused kernel.
-    portions, objective.portions = objective.portions, False
+    # Eagerly, and with plain matrix products for attention: the counter does not know every fused kernel.
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
         if len(x) == len(y):
             flops = len(y) * count(x[:1])
         else:
             one, two = count(x[[0, -1]]), count(x[[0, -1, -1]])  # a learned row, and one or two distilled
             flops = len(y) * (2 * one - two) + (len(x) - len(y)) * (two - one)
-    objective.portions = portions
     return flops
 
 
@@ -692,7 +689,6 @@ class Run:
         o = self.o
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.objective = grow.Objective(self.model, self.teacher, self.shared, o.kd_weight, o.kd_temperature)
-        self.objective.portions = not self.scaler.is_enabled()  # they go back before the loss can be scaled
         if self.compiles:
             compile_parts(self.objective)
         self.rewire()
