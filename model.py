@@ -56,37 +56,12 @@ class GPTConfig:
             raise UserError("generation must hold one whole number >= 0 per block")
 
 
-class Linear(nn.Linear):
-    """nn.Linear with GPT-2's weights, which may be frozen and kept in a second dtype: see cast_frozen."""
-
-    def forward(self, x):
-        return F.linear(x, weight_of(self), self.bias)
-
-
-def cast_frozen(model, dtype):
-    """Autocast casts every matrix to `dtype` at every use. A frozen one stays the same, so cast it once.
-
-    The result is bitwise the same; the float32 weight stays what is saved and exported.
-    """
-    for module in model.modules():
-        if isinstance(module, (Linear, nn.Embedding)):
-            module.cast = None if module.weight.requires_grad else module.weight.detach().to(dtype)
-
-
-def weight_of(module):
-    """The matrix of a linear layer or embedding; its cast where autocast would make one."""
-    cast = getattr(module, "cast", None)
-    if cast is None or module.weight.requires_grad or not torch.is_autocast_enabled(cast.device.type):
-        return module.weight
-    return cast
-
-
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -105,8 +80,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -152,7 +127,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """(B, T, C) -> logits (B, T, V). The output matrix is the token embedding."""
-        return F.linear(self.ln_f(x), weight_of(self.wte))
+        return F.linear(self.ln_f(x), self.wte.weight)
 
     def token_loss(self, x, targets):
         """Nats per token, (B, T), of the targets given the last block's output x; 0 where a target is -1."""

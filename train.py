@@ -43,7 +43,7 @@ import data
 import eval as ev
 import grow
 from data import UsageError, UserError
-from model import GPT, GPTConfig, cast_frozen, read_config
+from model import GPT, GPTConfig, read_config
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -678,10 +678,8 @@ class Run:
             self.model = copy.deepcopy(base) if o.kd_weight and not self.shared else base
         if o.kd_weight:
             self.teacher = grow.original(self.model) if self.shared else base.requires_grad_(False)
-            cast_frozen(self.teacher, self.dtype)
         if o.freeze.startswith("top") or any(self.model.config.generation):
             grow.freeze(self.model, o.freeze)
-        cast_frozen(self.model, self.dtype)
         self.model.train()
 
     def prepare_training(self, saved):
@@ -791,7 +789,6 @@ class Run:
         if self.compiles:
             block.compile(dynamic=False)
         grow.freeze(model, o.freeze)
-        cast_frozen(model, self.dtype)
         if not torch.equal(expected, self.logits(probe)):
             raise RuntimeError(f"the growth at step {self.step} changed the logits: it must be the identity")
         after, added = self.measure(), count(block.parameters())

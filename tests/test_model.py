@@ -77,35 +77,6 @@ def test_with_a_frozen_base_loss_and_gradients_are_those_of_transformers():
     assert_same_gradients(ours, theirs)
 
 
-def test_a_cast_kept_for_frozen_matrices_changes_no_bit():
-    """Logits and gradients under autocast, float32 elsewhere, what is saved, and blocks inserted later."""
-    ours, _ = pair(61, 16, 2, 8, 3)
-    idx = torch.randint(61, (2, 16))
-    grow.insert_block(ours, 2)
-    grow.freeze(ours, "base")
-
-    def everything():
-        ours.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = ours(idx)[0]
-        logits.float().sum().backward()
-        gradients = [p.grad.clone() for p in grow.trainable(ours)]
-        return [logits.detach(), ours(idx)[0].detach(), *gradients, *ours.state_dict().values()]
-
-    names, before = list(ours.state_dict()), everything()
-    m.cast_frozen(ours, torch.bfloat16)
-    assert ours.h[0].mlp.c_fc.cast.dtype == ours.wte.cast.dtype == torch.bfloat16
-    assert ours.h[2].mlp.c_fc.cast is None  # it trains: a cast would be out of date
-    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
-    assert list(ours.state_dict()) == names
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        grow.insert_block(ours, 1)  # a copy of a block with casts
-        assert torch.equal(ours(idx)[0], before[0])
-        ours.requires_grad_(True)  # what trains again, trains for real
-        ours.wte.weight += 1
-        assert not torch.equal(ours(idx)[0], before[0])
-
-
 def test_logits_of_the_124m_shape_are_those_of_transformers():
     """The true width, depth and head count, where a wrong scale or head split would show most."""
     torch.manual_seed(0)
