@@ -97,7 +97,7 @@ def freeze(model, policy):
     else:
         known = f"base, older, none, or top1 to top{len(originals)}"
         raise UserError(f"unknown freeze policy {policy!r}: give {known}")
-    model.requires_grad_(not trains)
+    model.requires_grad_(not trains)  # no block named: everything trains
     for i in trains:
         model.h[i].requires_grad_(True)
     for p in model.parameters():
@@ -284,7 +284,7 @@ class Objective(nn.Module):
 
     def losses(self, hidden, target, y):
         """The three losses of rows with targets y (B, T), or a teacher's last output (B, T, C), or both."""
-        logits, nothing = self.model.head(hidden), torch.zeros((), device=hidden.device)
+        logits, nothing = self.model.head(hidden).float(), torch.zeros((), device=hidden.device)
         nll = nothing if y is None else cross_entropy(logits, y).mean()
         if target is None:
             kd = nothing

@@ -82,7 +82,9 @@ class Options:
     # growth
     trigger: str = option("schedule", "what decides to grow", "schedule", "plateau")
     grow_every: int = option(500, "schedule: steps between growths", 1)
-    first_growth: int = option(-1, "none before this step (-1: grow_every; 0: originals never train)", -1)
+    first_growth: int = option(
+        -1, "none before this step (-1: grow_every, or any for a plateau; 0: originals never train)", -1
+    )
     max_growths: int = option(3, "blocks to add at most (0: an ordinary training run)", 0)
     where: str = option("upper", "spread, upper (spread over the upper half), top, bottom, or an index")
     block_init: str = option("copy", "of the block below; both have zero output projections", "copy", "fresh")
@@ -198,6 +200,9 @@ def check_machine(o, world):
     for name, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         there = o.device != name or backend.is_available()
         need(there, f"--device={name}, but torch sees none: use --device=auto")
+    if o.device in ("auto", "cuda") and torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        need(here <= gpus, f"{here} processes for {gpus} GPUs: start fewer, or give --device=cpu")
     need(o.dropout == 0 or world == 1, "--dropout would differ between processes: use one, or --dropout=0")
     need(not o.pretrain_steps or 16 % world == 0, "--pretrain_steps needs 1, 2, 4, 8 or 16 processes")
     for name in batch_sizes(o):
@@ -291,6 +296,8 @@ def choose_machine(o):
         dtype, why = getattr(torch, o.dtype), "asked for"
     elif (kind == "cuda" and torch.cuda.is_bf16_supported(False)) or (kind == "cpu" and native_on_cpu):
         dtype, why = torch.bfloat16, "native here"
+    elif kind == "mps":
+        dtype, why = torch.float32, "autocast is not used on mps"
     else:
         dtype, why = torch.float16 if kind == "cuda" else torch.float32, "no native bfloat16"
     reasons.append(f"dtype {str(dtype)[6:]}: {why}")
@@ -304,6 +311,7 @@ def choose_machine(o):
         # Past its limit of graphs torch would go on eagerly with no more than a log line. Let it raise.
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; blocks are small enough
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         except Exception as e:  # no C++ compiler, no Triton ...: whatever it is, eager works
@@ -347,10 +355,10 @@ def learning_rate(o, step):
 
 
 def compile_parts(objective):
-    """Compile each block, and the final norm with head and loss: two graphs, however deep the network grows.
+    """Compile each block, and the final norm with head and loss: two functions, whatever the depth.
 
-    Identical blocks share one graph, of which their parameters are inputs; a compiled whole network would be
-    compiled anew at every growth.
+    Blocks that do the same work share one graph, of which their parameters are inputs; a compiled whole
+    network would be compiled anew at every growth.
     """
     model, teacher = objective.model, objective.teacher
     for block in {*model.h, *(teacher.h if teacher else ())}:
@@ -367,7 +375,7 @@ def count_flops(objective, x, y):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    def count(rows):
+    def of_rows(rows):
         with FlopCounterMode(display=False) as counter:
             torch.autograd.grad(objective(rows, y[:1])[0], grow.trainable(objective.model))
         return counter.get_total_flops()
@@ -375,9 +383,9 @@ def count_flops(objective, x, y):
     # Eagerly, and with plain matrix products for attention: the counter does not know every fused kernel.
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
         if len(x) == len(y):
-            flops = len(y) * count(x[:1])
+            flops = len(y) * of_rows(x[:1])
         else:
-            one, two = count(x[[0, -1]]), count(x[[0, -1, -1]])  # a learned row, and one or two distilled
+            one, two = of_rows(x[[0, -1]]), of_rows(x[[0, -1, -1]])  # a learned row, and one or two distilled
             flops = len(y) * (2 * one - two) + (len(x) - len(y)) * (two - one)
     return flops
 
@@ -463,7 +471,7 @@ def find_checkpoint(o):
 def prepare_folder(o, parameters):
     """Make the run folder, and find out before training whether it can be written and is large enough."""
     out = Path(o.out)
-    need = 8 * 4 * parameters  # two checkpoints of weights and two moments each, the best, the export
+    size = 8 * 4 * parameters  # two checkpoints of weights and two moments each, the best, the export
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -471,9 +479,9 @@ def prepare_folder(o, parameters):
         free = shutil.disk_usage(out).free
     except OSError as e:
         raise UserError(f"cannot write to the run folder {out} ({e.strerror}): use another --out") from e
-    if free < need:
+    if free < size:
         has = f"{out} has {free / 1e9:.1f} GB free"
-        raise UserError(f"{has}, a run may need {need / 1e9:.1f}: make room, or use another --out")
+        raise UserError(f"{has}, a run may need {size / 1e9:.1f}: make room, or use another --out")
 
 
 def compare_options(o, stored):
@@ -549,9 +557,12 @@ def dream(base, o, device, identity):
     source = f"{identity}, {o.dreams} rows of {o.block_size}, seed {o.seed}"
     path, end = Path(o.out) / "dreams.bin", base.config.vocab_size - 1
     tokenizer = data.tokenizer_name(base.config.vocab_size)
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return data.read_bin(path, source, tokenizer)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+
+    def is_there():
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return data.read_bin(path, source, tokenizer) is not None
+
+    if (not dist.is_initialized() or dist.get_rank() == 0) and not is_there():
         generator = torch.Generator(device).manual_seed(o.seed)
         rows = torch.full((0, o.block_size), end, device=device)
         while len(rows) < o.dreams:
@@ -614,6 +625,8 @@ class Clock:
     def stop(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        if self.device.type == "mps":
+            torch.mps.synchronize()
         if self.since:
             self.seconds += time.perf_counter() - self.since
         self.since = None
@@ -986,8 +999,13 @@ def profile(run):
 
     def write(profiler):
         profiler.export_chrome_trace(str(run.out / "trace.json"))
-        sort_by = "self_device_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
-        print(profiler.key_averages().table(sort_by=sort_by, row_limit=5))
+        cuda = run.device.type == "cuda"  # kernels are events of the device, and what launched them is not
+        events = [e for e in profiler.key_averages() if (e.device_type.name == "CUDA") == cuda]
+        events = [e for e in events if not e.is_user_annotation and not e.key.startswith("ProfilerStep")]
+        ms = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000 for e in events}
+        largest = sorted(ms, key=ms.get, reverse=True)[:5]
+        rows = [[key, f"{ms[key]:.1f}", f"{ms[key] / sum(ms.values()):.1%}"] for key in largest]
+        print(ev.markdown(["kernel", "ms in ten steps", "share"], rows))
         print(f"ten steps traced: open {run.out}/trace.json in chrome://tracing or ui.perfetto.dev")
 
     ten = torch.profiler.schedule(wait=4, warmup=1, active=10, repeat=1)

@@ -90,6 +90,8 @@ def forget_peak():
 def release():
     """Give back what Python and the allocator hold for later, so that it is not counted as in use."""
     gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
     if DEVICE.type == "cpu" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -252,7 +254,7 @@ def ours(o, layers, compiled=False, distil=None, cast=False):
     separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False) if distil == "separate" else None
     for p in model.parameters():
         if cast and p.dim() == 2 and not p.requires_grad:
-            p.data = p.data.to(getattr(torch, o.dtype))  # for the timing only: it rounds the embeddings too
+            p.data = p.data.to(getattr(torch, o.dtype))  # for the timing only: embeddings too
     objective = grow.Objective(model, grow.original(model) if shared else separate, shared, 1.0, 2.0)
     if compiled:
         train.compile_parts(objective)
@@ -497,7 +499,7 @@ def growth_pauses(o, how):
     step = our_loop(o, model, objective)
     for event in range(GROWTHS + 1):
         began = time.perf_counter()
-        if event:  # what train.py does in between, but for its evaluations
+        if event:  # what train.py does in between, but for evaluations, the identity check and the FLOP count
             block = grow.insert_block(model, grow.placement("upper", model.config.generation, GROWTHS))
             if how == "per block":
                 block.compile(dynamic=False)
