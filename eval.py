@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import data
 from data import UsageError, UserError
-from model import GPT, SIZES
+from model import GPT, SIZES, cross_entropy
 
 # ------------------------------------------------------------------------------------------------------------
 # The one loss
@@ -42,34 +42,28 @@ def window_batches(tokens, block_size, batch_size, windows):
 
 
 @torch.no_grad()
-def sum_windows(values, tokens, block_size, batch_size=8, windows=0, device="cpu"):
-    """Sums and counts over each window, (2, N) float64, of values(x, y), (B, T): one number per token.
+def sum_windows(values, K, tokens, block_size, batch_size=8, windows=0, device="cpu"):
+    """Sums of each window, (K + 1, N) float64, of the K numbers per token that values(x, y) gives, (K, B, T);
+    the last row counts the predicted tokens.
 
-    windows = 0 takes the whole split. Ranks share the batches, and all get the whole result.
-    """
+    windows = 0 takes the whole split. Ranks share the batches, and all get the whole result."""
     available = max(math.ceil(len(tokens) / block_size) - (len(tokens) % block_size == 1), 1)
     windows = min(windows or available, available)
-    both = torch.zeros(2, windows, dtype=torch.float64)
+    sums = torch.zeros(K + 1, windows, dtype=torch.float64)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = []
     for i, (where, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
         if i % world == rank:
             x, y = x.to(device), y.to(device)
-            parts.append((where, torch.where(y >= 0, values(x, y), 0.0), y >= 0))
-    for where, nats, counted in parts:  # fetched after everything is launched; summed in float64
-        n = both[0, where].numel()
-        both[0, where] = nats.cpu().double().sum(1)[:n]
-        both[1, where] = counted.cpu().double().sum(1)[:n]
+            counted = (y >= 0)[None]
+            parts.append((where, torch.cat([torch.where(counted, values(x, y), 0.0), counted])))
+    for where, part in parts:  # fetched after everything is launched; summed in float64
+        sums[:, where] = part.cpu().double().sum(-1)[:, : sums[0, where].numel()]
     if world > 1:  # each window has one owner, so this sum is exact
-        both = both.to(device)  # nccl adds on the GPU
-        dist.all_reduce(both)
-        both = both.cpu()
-    return both
-
-
-def mean_loss(both, average="token"):
-    sums, counts = both
-    return ((sums / counts).mean() if average == "window" else sums.sum() / counts.sum()).item()
+        sums = sums.to(device)  # nccl adds on the GPU
+        dist.all_reduce(sums)
+        sums = sums.cpu()
+    return sums
 
 
 def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="token"):
@@ -86,30 +80,30 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
         raise UserError("there is nothing to predict in fewer than two tokens")
 
     def values(x, y):
-        return model.token_loss(model.run(model.embed(x)), y)
+        return model.token_loss(model.run(model.embed(x)), y)[None]
 
     was_training = model.training
     model.eval()
-    both = sum_windows(values, tokens, block_size, batch_size, windows, model.wte.weight.device)
+    nats, count = sum_windows(values, 1, tokens, block_size, batch_size, windows, model.wte.weight.device)
     model.train(was_training)
-    return mean_loss(both, average)
+    return ((nats / count).mean() if average == "window" else nats.sum() / count.sum()).item()
 
 
-def mean_kl(base, grown, tokens, block_size, batch_size=8, windows=0):
-    """Mean KL(base || grown) per predicted token, in nats: how far the distribution moved, right or wrong."""
+def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
+    """Losses of both networks and KL(base || grown), how far the distribution moved, right or wrong.
+
+    {"base", "grown", "kl"}, in nats per predicted token.
+    """
 
     def values(x, y):
-        p, q = (F.log_softmax(net.head(net.run(net.embed(x))).float(), -1) for net in (base, grown))
-        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        logits = [net.head(net.run(net.embed(x))).float() for net in (base, grown)]
+        p, q = (F.log_softmax(z, -1) for z in logits)
+        kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        return torch.stack([*(cross_entropy(z, y) for z in logits), kl])
 
     base.eval(), grown.eval()
-    return mean_loss(sum_windows(values, tokens, block_size, batch_size, windows, grown.wte.weight.device))
-
-
-def compare(base, grown, tokens, *args):
-    """Losses of both networks and the divergence between them: nats per predicted token."""
-    losses = {name: evaluate(net, tokens, *args) for name, net in (("base", base), ("grown", grown))}
-    return {**losses, "kl": mean_kl(base, grown, tokens, *args)}
+    *sums, count = sum_windows(values, 3, tokens, block_size, batch_size, windows, grown.wte.weight.device)
+    return {name: (s.sum() / count.sum()).item() for name, s in zip(("base", "grown", "kl"), sums)}
 
 
 @torch.no_grad()
@@ -428,7 +422,7 @@ To be retained: `{r["retain"]["dataset"]}`.
 ## Growth mechanism
 Trigger `{c["trigger"]}`, placement `{c["where"]}`, block init `{c["block_init"]}`, freeze `{c["freeze"]}`.
 An inserted block has zero weight and bias in both output projections, so it adds exactly zero: at every
-growth the logits on a training batch were compared before and after, and were bitwise equal.
+growth the logits on a batch of validation windows were compared before and after, and were bitwise equal.
 
 ## Growth events
 {events_table(run)}

@@ -240,7 +240,9 @@ class EWC:
 
 def original_parameters(model):
     """(name in the original network, parameter) for every parameter that is not in a grown block."""
-    return original(model).named_parameters()
+    originals = [b for b, g in zip(model.h, model.config.generation) if g == 0]
+    inside = [(f"h.{i}.{name}", p) for i, b in enumerate(originals) for name, p in b.named_parameters()]
+    return [(n, p) for n, p in model.named_parameters() if not n.startswith("h.")] + inside
 
 
 # ------------------------------------------------------------------------------------------------------------

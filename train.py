@@ -332,6 +332,10 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)  # and take nothing that would have to be given back
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+
 def make_optimizer(model, o, device, previous=None):
     """AdamW over what trains now; matrices and embeddings decay. It takes over the state of `previous`."""
     params = grow.trainable(model)
@@ -393,7 +397,7 @@ def count_flops(objective, x, y):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints and log
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 # What zipfile and torch.load raise at damaged bytes.
 DAMAGE = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, OSError, ValueError, RuntimeError, EOFError)
 DAMAGE += (LookupError, AttributeError, TypeError, NotImplementedError)
@@ -466,6 +470,15 @@ def find_checkpoint(o):
     checkpoint = load_checkpoint(out / "ckpt.pt")
     compare_options(o, checkpoint["options"])
     return checkpoint
+
+
+def check_same_start(o, saved):
+    """Refuse processes that would start from different steps, as on several nodes with a disk each."""
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, saved and saved["step"])
+        one = len(set(steps)) == 1
+        need(one, f"not all processes see the same {o.out}: put it on a disk that all nodes share")
 
 
 def prepare_folder(o, parameters):
@@ -577,6 +590,10 @@ def dream(base, o, device, identity):
     return data.read_bin(path, source, tokenizer)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Texts and batches
+
+
 def load_retained(o, vocab_size):
     """(splits or None, name). Under --retain=auto a text that cannot be had is done without, and said."""
     if o.retain == "none":
@@ -637,13 +654,14 @@ def count(parameters):
 
 
 class Run:
-    """What the loop (`train`, below) has at hand and does: measure, grow, step, report, save."""
+    """What the loop (`train`, below) has at hand and does: measure, grow, step, log, save."""
 
     def __init__(self, o):
         self.o, self.out, self.began = o, Path(o.out), time.perf_counter()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         saved = find_checkpoint(o)
         self.device, self.dtype, self.compiles, self.machine = choose_machine(o)
+        check_same_start(o, saved)
         if self.device.type == "cpu":
             keep_freed_memory()
         base = start_model(o)
@@ -706,16 +724,15 @@ class Run:
         plateau = grow.Plateau(o.patience, o.min_delta)
         schedule = grow.Schedule(o.grow_every, first_growth(o))
         self.trigger = schedule if o.trigger == "schedule" else plateau
-        self.step, self.flops, self.seconds, self.best, train_seconds = 0, 0, 0.0, math.inf, 0.0
+        self.step, self.flops, self.seconds, train_seconds = 0, 0, 0.0, 0.0
+        self.best, self.best_state = math.inf, None  # lowest validation loss; its weights, until saved
         if saved:
             self.step, self.flops, self.seconds = saved["step"], saved["flops"], saved["seconds"]
-            train_seconds = saved["train_seconds"]
+            self.best, train_seconds = saved["best"], saved["train_seconds"]
             grow.load_optimizer_state(self.model, self.optimizer, saved["optimizer"])
             if saved["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(saved["scaler"])
             vars(self.trigger).update(saved["trigger"])
-            if (self.out / "best.pt").exists():
-                self.best = load_checkpoint(self.out / "best.pt")["loss"]
         self.clock, self.reported = Clock(self.device, train_seconds), train_seconds
         self.pending = []  # losses still on the device: fetched per log line, not per step
 
@@ -752,24 +769,29 @@ class Run:
     def sizes(self):
         return dict(parameters=count(self.model.parameters()), trainable=count(grow.trainable(self.model)))
 
+    def eval_rows(self):
+        """Windows at a time in evaluations: the few rows of a training step would leave a GPU idle."""
+        at_least = 4096 // self.o.block_size if self.device.type == "cuda" else 1
+        return max(self.o.batch_size, at_least)
+
     def measure(self):
         """Validation loss on both domains, in nats per token."""
-        args, loss = (self.o.block_size, self.o.batch_size, self.o.eval_windows), {}
+        args, loss = (self.o.block_size, self.eval_rows(), self.o.eval_windows), {}
         with self.autocast():
             for name, splits in (("learn", self.learn), ("retain", self.retain)):
                 loss[name] = splits and ev.evaluate(self.model, splits["val"], *args)
         return loss
 
-    def evaluate(self):
+    def validate(self):
         """Measure, log, and keep the weights if none before were better."""
-        self.report()
+        self.log_losses()
         loss = self.measure()
         self.log.write("eval", step=self.step, **loss)
         said = ", ".join(f"{k} {v:.4f}" for k, v in loss.items() if v)
         self.say(f"step {self.step}/{self.o.max_steps} validation: {said}")
         if loss["learn"] < self.best:
             self.best = loss["learn"]
-            self.save("best.pt", loss=self.best)
+            self.best_state = copy.deepcopy(self.state()) if self.rank == 0 else None
         return loss
 
     def may_grow(self):
@@ -784,10 +806,13 @@ class Run:
         return self.may_grow() and (fires or self.step == self.o.first_growth == 0)
 
     @torch.no_grad()
-    def logits(self, x):
+    def logits(self):
+        """Of the first evaluation batch, whose shape the compiler knows."""
+        rows = self.eval_rows()
+        _, x, _ = next(ev.window_batches(self.learn["val"], self.o.block_size, rows, rows))
         self.model.eval()
         with self.autocast():
-            result = self.model(x)[0]
+            result = self.model(x.to(self.device))[0]
         self.model.train()
         return result
 
@@ -795,14 +820,13 @@ class Run:
         """One growth. The logits on a real batch must be bitwise what they were, or the run stops."""
         o, model, layers = self.o, self.model, self.model.config.n_layer
         at = grow.placement(o.where, model.config.generation, o.max_growths)
-        probe = self.batches(self.step)[0][0]
-        expected = self.logits(probe)
+        expected = self.logits()
         self.seed()  # for block_init=fresh
         block = grow.insert_block(model, at, o.block_init)
         if self.compiles:
             block.compile(dynamic=False)
         grow.freeze(model, o.freeze)
-        if not torch.equal(expected, self.logits(probe)):
+        if not torch.equal(expected, self.logits()):
             raise RuntimeError(f"the growth at step {self.step} changed the logits: it must be the identity")
         after, added = self.measure(), count(block.parameters())
         self.log.write(
@@ -850,7 +874,7 @@ class Run:
         self.pending.append((self.step, lr, losses))
         self.step, self.flops = self.step + 1, self.flops + self.step_flops
 
-    def report(self):
+    def log_losses(self):
         """Fetch the pending losses, stop the run if one is not finite, and log the last."""
         self.clock.stop()
         if not self.pending:
@@ -869,6 +893,7 @@ class Run:
     def refuse_non_finite(self, step, nll, kd, penalty, norm):
         """(A loss scaler makes infinite gradients on purpose, and skips those steps.)"""
         if not math.isfinite(nll + kd + penalty) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            self.save_best()
             raise UserError(
                 f"loss {nll}, gradient norm {norm} at step {step}: the run stops. {self.out}/ckpt.pt, if "
                 "there is one, is from before; try a lower --lr or more --warmup_steps in a new run, or "
@@ -886,20 +911,28 @@ class Run:
 
     # ----- saving, and the end -----
 
-    def save(self, name, **state):
-        """Only the first process writes."""
-        if self.rank == 0:
-            weights = {"model": self.model.state_dict(), "model_config": asdict(self.model.config)}
-            save_atomically(self.out / name, {"step": self.step, **weights, **state})
+    def save_best(self):
+        if self.best_state:
+            save_atomically(self.out / "best.pt", self.best_state)
+            self.best_state = None
 
-    def save_all(self):
-        self.report()
-        self.save(
-            "ckpt.pt", options=asdict(self.o), init=self.identity, scaler=self.scaler.state_dict(),
-            optimizer=grow.optimizer_state(self.model, self.optimizer), trigger=vars(self.trigger),
-            flops=self.flops, train_seconds=self.clock.seconds, log_bytes=self.log.length(),
-            seconds=self.seconds + time.perf_counter() - self.began,
-        )  # fmt: skip
+    def state(self):
+        """What best.pt holds, and ckpt.pt among other things."""
+        weights = {"model": self.model.state_dict(), "model_config": asdict(self.model.config)}
+        return {"step": self.step, "best": self.best, **weights}
+
+    def save(self):
+        """Only the first process writes."""
+        self.log_losses()
+        self.save_best()
+        if self.rank == 0:
+            save_atomically(self.out / "ckpt.pt", {
+                **self.state(), "options": asdict(self.o), "init": self.identity, "flops": self.flops,
+                "optimizer": grow.optimizer_state(self.model, self.optimizer),
+                "scaler": self.scaler.state_dict(), "trigger": vars(self.trigger),
+                "train_seconds": self.clock.seconds, "log_bytes": self.log.length(),
+                "seconds": self.seconds + time.perf_counter() - self.began,
+            })  # fmt: skip
 
     def pretrained(self):
         """The network that the run started from: still in memory, or loaded again."""
@@ -915,7 +948,7 @@ class Run:
     def finish(self):
         """Base against grown on the test splits, export, tables."""
         o, base = self.o, self.pretrained()
-        args = o.block_size, o.batch_size, o.test_windows
+        args = o.block_size, self.eval_rows(), o.test_windows
         with self.autocast():
             learned = ev.compare(base, self.model, self.learn["test"], *args)
             kept = self.retain and ev.compare(base, self.model, self.retain["test"], *args)
@@ -945,12 +978,12 @@ def train(o):
         while True:  # once more than max_steps, so that the last step is measured
             last = run.step == o.max_steps
             if not resumed and (last or run.step % o.eval_every == 0 or run.growth_is_scheduled()):
-                loss = run.evaluate()
+                loss = run.validate()
                 if run.wants_to_grow(loss["learn"]):
                     run.grow_block(loss)
             stopped_by = agree(signals) if run.world == 1 or run.step % o.log_every == 0 else 0
             if last or stopped_by or (run.step and run.step % o.save_every == 0 and not resumed):
-                run.save_all()
+                run.save()
             if stopped_by:
                 run.say(f"stopped at step {run.step}, saved in {o.out}: --resume continues it")
                 sys.exit(128 + stopped_by)
@@ -958,7 +991,7 @@ def train(o):
                 break
             run.train_step()
             if (run.step - 1) % o.log_every == 0:
-                run.report()
+                run.log_losses()
             if profiler:
                 profiler.step()
             resumed = False

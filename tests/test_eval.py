@@ -68,13 +68,16 @@ def test_evaluate_depends_on_nothing_else():
         ev.evaluate(net, TOKENS[:1])
 
 
-def test_kl_and_block_use():
+def test_compare_and_block_use():
     one, two = network(0), network(1)
-    assert ev.mean_kl(one, one, TOKENS, 16) == pytest.approx(0, abs=1e-7)
+    assert ev.compare(one, one, TOKENS, 16)["kl"] == pytest.approx(0, abs=1e-7)
+    both = ev.compare(one, two, TOKENS, 16, 3)
+    assert both["base"] == pytest.approx(ev.evaluate(one, TOKENS, 16), abs=1e-6)
+    assert both["grown"] == pytest.approx(ev.evaluate(two, TOKENS, 16), abs=1e-6)
     idx = torch.from_numpy(TOKENS[:112].astype(np.int64)).view(7, 16)
     p, q = (torch.distributions.Categorical(logits=net.eval()(idx)[0][:, :-1]) for net in (one, two))
     expected = torch.distributions.kl_divergence(p, q).mean().item()
-    assert ev.mean_kl(one, two, TOKENS[:112], 16) == pytest.approx(expected, abs=1e-5)
+    assert ev.compare(one, two, TOKENS[:112], 16)["kl"] == pytest.approx(expected, abs=1e-5)
     grow.insert_block(one, 1)
     use = ev.block_use(one, TOKENS, 16, 7)
     assert use[1] == 0 and use[0] > 0 and use[2] > 0

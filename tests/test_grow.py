@@ -266,7 +266,7 @@ def test_shared_teacher_is_the_teacher(extra):
         x, y = batch(rows=4 + extra)
         losses = objective(x, y[:4])
         losses[0].backward()
-        results.append((losses, [p.grad for p in grow.trainable(model)]))
+        results.append((losses.detach(), [p.grad for p in grow.trainable(model)]))
     (a, ga), (b, gb) = results
     assert torch.allclose(a, b) and a[2] > 0 and math.isclose(a[0], a[1] + a[2], rel_tol=1e-6)
     assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(ga, gb))
