@@ -177,12 +177,10 @@ def optimizer_state(model, optimizer):
 
 
 def load_optimizer_state(model, optimizer, state):
+    """The reverse, for a fused optimizer: it keeps `step` on the parameter's device, too."""
     for name, p in model.named_parameters():
         if name in state:
-            device = {
-                k: "cpu" if k == "step" and not optimizer.defaults["fused"] else p.device for k in state[name]
-            }
-            optimizer.state[p] = {k: v.to(device[k]) for k, v in state[name].items()}
+            optimizer.state[p] = {k: v.to(p.device) for k, v in state[name].items()}
 
 
 # ------------------------------------------------------------------------------------------------------------

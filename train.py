@@ -336,14 +336,14 @@ def keep_freed_memory():
 # The optimizer
 
 
-def make_optimizer(model, o, device, previous=None):
+def make_optimizer(model, o, previous=None):
     """AdamW over what trains now; matrices and embeddings decay. It takes over the state of `previous`."""
     params = grow.trainable(model)
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": o.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if previous is not None:
         grow.carry_over(previous, optimizer)
     return optimizer
@@ -738,7 +738,7 @@ class Run:
 
     def rewire(self, previous=None):
         """Optimizer, DDP and cost for what trains now. DDP fixes its parameters when built: build it anew."""
-        self.optimizer = make_optimizer(self.model, self.o, self.device, previous)
+        self.optimizer = make_optimizer(self.model, self.o, previous)
         self.wrapped = DistributedDataParallel(self.objective) if self.world > 1 else self.objective
         micro_step = count_flops(self.objective, *self.batches(0)[0])
         self.step_flops = self.world * self.o.grad_accum * micro_step

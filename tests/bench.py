@@ -237,7 +237,7 @@ def grown(layers):
 def our_loop(o, model, objective, previous=None):
     """One step of train.py's loop. `previous`: the optimizer before a growth."""
     train.keep_freed_memory()
-    optimizer, batches = train.make_optimizer(model, o, DEVICE, previous), random_batches(o)
+    optimizer, batches = train.make_optimizer(model, o, previous), random_batches(o)
 
     def step():
         losses = torch.zeros(2, device=DEVICE)
@@ -409,7 +409,7 @@ def replayed(o, compiled):
     objective = grow.Objective(model)
     if compiled:
         train.compile_parts(objective)
-    optimizer, batches = train.make_optimizer(model, o, DEVICE), random_batches(o)
+    optimizer, batches = train.make_optimizer(model, o), random_batches(o)
     for group in optimizer.param_groups:
         group["capturable"] = True
     ((x, y),) = batches()  # where every replay finds its batch
