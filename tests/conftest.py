@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+import torch._dynamo
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("GROWING_GPT_SHARED", ROOT.parent / "shared"))  # true data, if it is there
@@ -22,6 +24,9 @@ needs_tiktoken = pytest.mark.skipif(
     not _bpe.exists(), reason="GPT-2's tokenizer files are not in TIKTOKEN_CACHE_DIR"
 )
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
 
 def write_words(folder):
     """A text file in which there is something to learn."""
@@ -34,3 +39,16 @@ def write_words(folder):
 @pytest.fixture
 def text(tmp_path):
     return write_words(tmp_path)
+
+
+@pytest.fixture
+def own_dynamo():
+    """Each test starts without compiled graphs and leaves torch's settings as they were."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a tiny network is faster on one
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False, optimize_ddp=True):
+        yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()

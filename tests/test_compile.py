@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DEVICES, ROOT
 from torch._dynamo.utils import counters
 
 import data
@@ -29,17 +29,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def own_dynamo():
-    """Each test starts without compiled graphs and leaves torch's settings as they were."""
-    torch._dynamo.reset()
-    counters.clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a tiny network is faster on one
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("own_dynamo")
 
 
 def trace_only(monkeypatch):
@@ -72,13 +62,15 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_growth_adds_no_graph_after_the_second_event(text, tmp_path, monkeypatch, name):
+def test_growth_adds_no_graph_after_the_second_event(text, tmp_path, monkeypatch, name, device):
     """What depends on the depth is compiled again at every growth, for seconds or minutes each time."""
     trace_only(monkeypatch)
     insert, seen = grow.insert_block, []
     monkeypatch.setattr(grow, "insert_block", lambda *args: (seen.append(graphs()), insert(*args))[1])
-    o = train.Options(**{**TINY, "dataset": text, "retain": text, "out": f"{tmp_path}/run", **SETTINGS[name]})
+    texts = {"dataset": text, "retain": text, "out": f"{tmp_path}/run"}
+    o = train.Options(**{**TINY, **texts, **SETTINGS[name], "device": device})
     train.train(o)
     first, second, third, fourth = seen
     assert 0 < first <= second <= third == fourth == graphs()  # to the very end, tables and export included
@@ -116,18 +108,20 @@ def test_sampling_adds_no_graph(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype, freeze, tolerance", [("float32", "none", 1e-4), ("bfloat16", "base", 3e-2)])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, freeze, tolerance", [("float32", "none", 1e-3), ("bfloat16", "base", 3e-2)])
 def test_compiled_run_grows_exactly_and_is_that_of_an_eager_one(
-    text, tmp_path, monkeypatch, dtype, freeze, tolerance
+    text, tmp_path, monkeypatch, dtype, freeze, tolerance, device
 ):
     """Fused kernels round differently from eager ones, but growth must still not change one bit."""
     small = {**TINY, "n_layer": 2, "max_growths": 1, "max_steps": 4, "dataset": text, "retain": "none"}
-    small |= {"dtype": dtype, "freeze": freeze}
-    insert, frozen, probe, logits = grow.insert_block, grow.freeze, torch.arange(128).view(4, 32), []
+    small |= {"dtype": dtype, "freeze": freeze, "device": device}
+    insert, frozen, logits = grow.insert_block, grow.freeze, []
+    probe = torch.arange(128, device=device).view(4, 32)
 
     @torch.no_grad()
     def note(model):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits.append(model(probe)[0])
 
     def after(model, policy):
