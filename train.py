@@ -943,6 +943,8 @@ class Run:
         base = start_model(self.o)
         if fingerprint(base) != self.identity:
             raise UserError(f"{self.o.init} has changed since the run started: restore it and --resume")
+        for block in base.h if self.compiles else ():
+            block.compile(dynamic=False)  # as the grown network's: the same graph, the same rounding
         return base.to(self.device)
 
     def finish(self):
