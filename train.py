@@ -291,7 +291,8 @@ def choose_machine(o):
     device = torch.device(kind, index)
     reasons = [f"device {device}: {why}"]
 
-    native_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    capable = torch.cpu.get_capabilities()
+    native_on_cpu = any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
     if o.dtype != "auto":
         dtype, why = getattr(torch, o.dtype), "asked for"
     elif (kind == "cuda" and torch.cuda.is_bf16_supported(False)) or (kind == "cpu" and native_on_cpu):

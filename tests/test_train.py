@@ -430,6 +430,32 @@ def test_every_option_is_in_the_help(capsys):
     assert all(f"--{f.name}" in text for f in dataclasses.fields(train.Options))
 
 
+CHOICES = [  # device, what it can do, --dtype, what is chosen and why
+    ("cpu", {"avx512_bf16": True}, "auto", "bfloat16: native here"),
+    ("cpu", {"bf16": True}, "auto", "bfloat16: native here"),
+    ("cpu", {}, "auto", "float32: no native bfloat16"),
+    ("cpu", {}, "bfloat16", "bfloat16: asked for"),
+    ("cuda", {"cuda": True}, "auto", "bfloat16: native here"),
+    ("cuda", {}, "auto", "float16: no native bfloat16"),
+    ("mps", {"bf16": True}, "auto", "float32: autocast is not used on mps"),
+]
+
+
+@pytest.mark.parametrize("kind, capable, dtype, choice", CHOICES)
+def test_device_and_dtype_are_chosen_and_said(monkeypatch, kind, capable, dtype, choice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: "cuda" in capable)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    device, chosen, _, said = train.choose_machine(train.Options(dtype=dtype, compile="0"))
+    assert device == torch.device("cuda:1" if kind == "cuda" else kind)
+    assert said[:2] == [f"device {device}: the fastest that torch sees", f"dtype {choice}"]
+    assert str(chosen)[6:] == choice.split(":")[0]
+
+
 def test_float16_scales_its_loss(text, tmp_path):
     """Through a growth and back from a checkpoint; the weights stay float32."""
     o = options(text, tmp_path / "run", dtype="float16", max_steps=6)
