@@ -541,7 +541,7 @@ def pretrain(o):
         dataset=o.retain, retain="none", block_size=o.block_size, max_steps=o.pretrain_steps, batch_size=16,
         lr=o.pretrain_lr, lr_schedule="cosine", warmup_steps=o.pretrain_steps // 10, weight_decay=0.1,
         max_growths=0, eval_every=250, test_windows=64, log_every=100, save_every=250, resume="auto",
-        bad_utf8=o.bad_utf8, device=o.device, dtype="float32",
+        bad_utf8=o.bad_utf8, device=o.device, dtype="float32", compile=o.compile,
     )  # fmt: skip
     text = data.load(p.dataset, scratch_config(p).vocab_size, p.block_size, p.bad_utf8)["train"]
     key = [hashlib.sha256(text.tobytes()).hexdigest(), p.max_steps]  # made from another text, it is another

@@ -422,6 +422,20 @@ def replayed(o, compiled):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    graph = None
+
+    def step():
+        nonlocal graph
+        if graph is None:  # the first step records; the graph uses the tensors that whole_step keeps alive
+            graph = recorded(whole_step)
+        ((new_x, new_y),) = batches()
+        x.copy_(new_x), y.copy_(new_y)
+        graph.replay()
+
+    return step
+
+
+def recorded(whole_step):
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -430,13 +444,7 @@ def replayed(o, compiled):
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
         whole_step()
-
-    def step():
-        ((new_x, new_y),) = batches()
-        x.copy_(new_x), y.copy_(new_y)
-        graph.replay()
-
-    return step
+    return graph
 
 
 def row_1d(dtypes):
@@ -446,6 +454,8 @@ def row_1d(dtypes):
     o = options(dtypes[-1])
     launched = functools.partial(ours, o, SHAPE.n_layer + GROWTHS)
     results = take_turns(variants({"launched": launched, "replayed": functools.partial(replayed, o)}))
+    for name in [name for name in results if name.startswith("replayed")]:
+        results[name]["peak_gb"] = None  # a replay allocates nothing: its peak would be the weights alone
     return f"{dtypes[-1]}\n\n{table(results, 'launched')}", results
 
 
@@ -727,6 +737,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     for name in ARGS.rows.split(","):
         print(f"row {name}", file=sys.stderr, flush=True)
+        release()
         began = time.perf_counter()
         text, results = ROWS[name](dtypes)
         parts.append(f"### Row {name}: {ROWS[name].__doc__}\n\n{text}")
