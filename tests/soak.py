@@ -36,7 +36,7 @@ def main():
     }  # fmt: skip
     survived = 0
     for number, (name, more) in enumerate(variants.items()):
-        more |= dict(max_steps=a.kills * 6, grow_every=20, save_every=1, log_every=2)
+        more |= dict(max_steps=a.kills * 24, grow_every=a.kills * 4, save_every=1, log_every=2)
         whole = test_train.options(str(text), folder / f"whole{number}", **more)
         subprocess.run(test_train.command(whole), check=True, capture_output=True)
         o = dataclasses.replace(whole, out=str(folder / f"killed{number}"))
