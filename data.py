@@ -47,7 +47,7 @@ _cache = os.environ.get("GROWING_GPT_CACHE") or f"{_caches}/growing-gpt"
 
 @functools.cache
 def cache_dir():
-    """The one folder for downloads, tokens and pretrained demo models. Printed at first use."""
+    """The one folder for downloads, tokens, demo models, and ranks' kernels. Printed at first use."""
     path = Path(_cache).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -428,3 +428,10 @@ def batch(tokens, block_size, rows, step, seed):
     starts = [int(_order(windows, seed, i // windows)[i % windows]) * block_size for i in drawn]
     ids = torch.from_numpy(np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int64))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def to_device(tensor, device):
+    """Copy a batch; to a GPU from pinned memory, in the background, so that it need not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -42,7 +42,7 @@ def window_batches(tokens, block_size, batch_size, windows):
 
 
 @torch.no_grad()
-def sum_windows(values, K, tokens, block_size, batch_size=8, windows=0, device="cpu"):
+def sum_windows(values, K, device, tokens, block_size, batch_size=8, windows=0):
     """Sums of each window, (K + 1, N) float64, of the K numbers per token that values(x, y) gives, (K, B, T);
     the last row counts the predicted tokens.
 
@@ -54,7 +54,7 @@ def sum_windows(values, K, tokens, block_size, batch_size=8, windows=0, device="
     parts = []
     for i, (where, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
         if i % world == rank:
-            x, y = x.to(device), y.to(device)
+            x, y = data.to_device(x, device), data.to_device(y, device)
             counted = (y >= 0)[None]
             parts.append((where, torch.cat([torch.where(counted, values(x, y), 0.0), counted])))
     for where, part in parts:  # fetched after everything is launched; summed in float64
@@ -84,7 +84,7 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
 
     was_training = model.training
     model.eval()
-    nats, count = sum_windows(values, 1, tokens, block_size, batch_size, windows, model.wte.weight.device)
+    nats, count = sum_windows(values, 1, model.wte.weight.device, tokens, block_size, batch_size, windows)
     model.train(was_training)
     return ((nats / count).mean() if average == "window" else nats.sum() / count.sum()).item()
 
@@ -102,7 +102,7 @@ def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
         return torch.stack([*(cross_entropy(z, y) for z in logits), kl])
 
     base.eval(), grown.eval()
-    *sums, count = sum_windows(values, 3, tokens, block_size, batch_size, windows, grown.wte.weight.device)
+    *sums, count = sum_windows(values, 3, grown.wte.weight.device, tokens, block_size, batch_size, windows)
     return {name: (s.sum() / count.sum()).item() for name, s in zip(("base", "grown", "kl"), sums)}
 
 

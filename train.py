@@ -1,7 +1,7 @@
 """Train a GPT that grows: options, the loop, growth in the loop, checkpoint and resume.
 
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
-    python train.py demo            the same program on embedded text: no network, three minutes on a CPU
+    python train.py demo            the same program on embedded text: no network, two minutes on a CPU
     python train.py best            the card's task with what the study (README) found best
     python train.py demo best --seed=2              presets first, then options
     python train.py demo --resume                   go on after any interruption
@@ -313,6 +313,11 @@ def choose_machine(o):
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; blocks are small enough
+        if dist.is_initialized():
+            # Kernels are chosen by timing, and the choice is kept on the disk. Each rank has its own: another
+            # rank's, found after a growth, may round differently.
+            kernels = data.cache_dir() / f"kernels-{dist.get_rank()}"
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         except Exception as e:  # no C++ compiler, no Triton ...: whatever it is, eager works
@@ -622,9 +627,7 @@ def micro_batches(o, learn, retain, dreams, step, device, rank=0, world=1):
         source = dreams if o.kd_on == "dream" else retain["train"]
         extra, _ = data.batch(source, T, o.kd_rows * o.grad_accum, step, o.seed + 2)
         x = torch.cat([x, extra.view(o.grad_accum, world, -1, T)[:, rank]], 1)
-    if device.type == "cuda":
-        x, y = x.pin_memory(), y.pin_memory()
-    return list(zip(x.to(device, non_blocking=True), y.to(device, non_blocking=True)))
+    return list(zip(data.to_device(x, device), data.to_device(y, device)))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def network_and_tokens():
 def worker(rank, folder, text):
     """What each of the two processes does: all runs, one after the other, noting its weights as it goes."""
     torch.set_num_threads(1)
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch sets it where it has compiled, as in the parent
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     net, tokens = network_and_tokens()
     seen = {"evaluations": [ev.evaluate(net, tokens, 32, 2, *case) for case in EVALUATIONS]}
@@ -75,6 +76,7 @@ def worker(rank, folder, text):
         train.train(options(folder, text, ("stopped", "nowhere")[rank], resume="auto"))
     except data.UserError as e:
         seen["apart"] = str(e)
+    seen["kernels"] = os.environ["TORCHINDUCTOR_CACHE_DIR"]
     Path(f"{folder}/rank{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
@@ -165,6 +167,13 @@ def test_two_processes_go_on_where_one_ended(runs):
     folder, _, (first, _) = runs
     assert_close(folder / "plain-one", folder / "continued")
     assert {layers for layers, _, _ in first["continued"]} == {3, 4}
+
+
+def test_each_rank_keeps_its_own_compiled_kernels(runs):
+    """They hold choices made by timing: with another rank's, a growth might not be bitwise the identity."""
+    _, _, seen = runs
+    folders = [Path(ranks["kernels"]) for ranks in seen]
+    assert folders[0] != folders[1] and all(any(folder.rglob("*.so")) for folder in folders)
 
 
 def test_ranks_that_see_different_checkpoints_are_refused(runs):
