@@ -313,11 +313,6 @@ def choose_machine(o):
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; blocks are small enough
-        if dist.is_initialized():
-            # Kernels are chosen by timing, and the choice is kept on the disk. Each rank has its own: another
-            # rank's, found after a growth, may round differently.
-            kernels = data.cache_dir() / f"kernels-{dist.get_rank()}"
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
         except Exception as e:  # no C++ compiler, no Triton ...: whatever it is, eager works
@@ -1081,6 +1076,10 @@ def main(argv):
     check(o, world)
     data.set_cache_dir(o.cache_dir)
     if world > 1:
+        # torch chooses kernels by timing and keeps the choice on the disk. Each rank has its own: another
+        # rank's, found after a growth, may round differently. (Read when torch._dynamo is first imported.)
+        kernels = data.cache_dir() / f"kernels-{os.environ['RANK']}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
         cuda = o.device in ("auto", "cuda") and torch.cuda.is_available()
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
