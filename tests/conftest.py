@@ -36,6 +36,14 @@ def write_words(folder):
     return str(path)
 
 
+def old_text(text):
+    """Another text, beside `text`, for --retain: what is learned and what is kept are never the same."""
+    path = Path(text).with_name("old.txt")
+    if not path.exists():
+        path.write_text("\n".join(f"the {i} of {i * i} was kept" for i in range(1200)))
+    return str(path)
+
+
 @pytest.fixture
 def text(tmp_path):
     return write_words(tmp_path)

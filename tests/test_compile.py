@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICES, ROOT
+from conftest import DEVICES, ROOT, old_text
 from torch._dynamo.utils import counters
 
 import data
@@ -69,7 +69,7 @@ def test_growth_adds_no_graph_after_the_second_event(text, tmp_path, monkeypatch
     trace_only(monkeypatch)
     insert, seen = grow.insert_block, []
     monkeypatch.setattr(grow, "insert_block", lambda *args: (seen.append(graphs()), insert(*args))[1])
-    texts = {"dataset": text, "retain": text, "out": f"{tmp_path}/run"}
+    texts = {"dataset": text, "retain": old_text(text), "out": f"{tmp_path}/run"}
     o = train.Options(**{**TINY, **texts, **SETTINGS[name], "device": device})
     train.train(o)
     first, second, third, fourth = seen

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICES, needs_cuda
+from conftest import DEVICES, needs_cuda, old_text
 from test_train import TINY
 
 import data
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("own_dynamo")
 
 
 def options(text, out, **more):
-    return train.Options(**{**TINY, "dataset": text, "retain": text, "out": str(out), "lr": 1e-3, **more})
+    texts = {"dataset": text, "retain": old_text(text), "out": str(out)}
+    return train.Options(**{**TINY, **texts, "lr": 1e-3, **more})
 
 
 @pytest.mark.parametrize("device", DEVICES)

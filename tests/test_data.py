@@ -197,7 +197,7 @@ def test_carriage_returns_and_byte_order_marks_stay(tmp_path):
     assert "".join(data.own_text(path).values()) == "\ufeffone\r\ntwo\r\n"
 
 
-@pytest.mark.parametrize("text", ["", "\n", "one line without an end" * 50, "a\n" * 10])
+@pytest.mark.parametrize("text", ["", "\n", "x" * 300 + "\ny", "a\n" * 10])
 def test_too_short_text_is_refused_with_the_numbers(tmp_path, text):
     """An empty or too short text is refused before training, with its size and what is needed."""
     path = tmp_path / "short.txt"
@@ -239,6 +239,21 @@ def test_docs_and_code_are_the_whole_text_of_this_python():
         assert lines == Counter(line for text in texts for line in text.split("\n") if line)
         sizes = np.array([len(text) for text in splits.values()])
         assert np.abs(sizes / sizes.sum() - [0.90, 0.05, 0.05]).max() < 0.01
+
+
+def test_any_part_of_docs_and_code_is_like_the_whole():
+    """Pieces of 2,000 characters and the rest of a line, in an order that owes nothing to the alphabet."""
+    for splits in (data.docs(), data.code()):
+        pieces = "".join(splits.values()).split(data.EOT)
+        line = max(len(line) for piece in pieces for line in piece.split("\n"))
+        assert max(map(len, pieces)) <= 2000 + line + 1
+        # Only the end of a file, or a short file, is a shorter piece.
+        assert sum(len(piece) >= 2000 for piece in pieces) > len(pieces) / 2
+        # In a random order every second piece stands before its successor in the alphabet, with an error of
+        # sqrt(n / 12) in the number of those that do.
+        n = len(pieces)
+        ascents = sum(a < b for a, b in zip(pieces, pieces[1:]))
+        assert abs(ascents - n / 2) < 5 * (n / 12) ** 0.5
 
 
 def test_docs_and_code_are_the_same_in_every_process():
@@ -334,6 +349,12 @@ def test_batch_shapes_and_targets():
     assert x.is_contiguous() and y.is_contiguous()
     assert torch.equal(y, x + 1) and (x[:, 0] % T == 0).all()
     assert torch.equal(x, x[:, :1] + torch.arange(T))
+
+
+def test_batches_hold_the_largest_ids():
+    """Half of GPT-2's vocabulary lies above what 16 bits with a sign can hold."""
+    x, y = data.batch(np.full(20, 50256, np.uint16), T, 2, 0, 0)
+    assert (x == 50256).all() and (y == 50256).all()
 
 
 def test_every_window_once_an_epoch():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, write_words
+from conftest import ROOT, old_text, write_words
 
 import data
 import eval as ev
@@ -38,7 +38,8 @@ EVALUATIONS = [(7, "token"), (9, "window"), (1, "token"), (0, "token")]  # windo
 
 
 def options(folder, text, out, **more):
-    return train.Options(**{**TINY, "dataset": text, "retain": text, "out": f"{folder}/{out}", **more})
+    texts = {"dataset": text, "retain": old_text(text), "out": f"{folder}/{out}"}
+    return train.Options(**{**TINY, **texts, **more})
 
 
 def network_and_tokens():

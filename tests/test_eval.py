@@ -20,9 +20,10 @@ import train
 from model import GPT, GPTConfig
 
 
-def network(seed=0):
+def network(seed=0, dropout=0.0):
+    """The same seed gives the same weights, whatever the dropout."""
     torch.manual_seed(seed)
-    net = GPT(GPTConfig(61, 16, 2, 8, (0, 0)))
+    net = GPT(GPTConfig(61, 16, 2, 8, (0, 0), dropout))
     for p in net.parameters():
         p.data += torch.randn_like(p) * 0.3
     return net
@@ -55,6 +56,8 @@ def test_evaluate_depends_on_nothing_else():
     losses = [ev.evaluate(net, TOKENS, 16, batch_size) for batch_size in (1, 2, 3, 8, 50)]
     assert max(losses) - min(losses) < 1e-6
     assert net.training and torch.equal(state, torch.get_rng_state())
+    ev.evaluate(net.eval(), TOKENS)
+    assert not any(part.training for part in net.modules())
     assert ev.evaluate(net, TOKENS, 16, windows=3) == pytest.approx(
         ev.evaluate(net, TOKENS[:48], 16), abs=1e-6
     )
@@ -68,10 +71,32 @@ def test_evaluate_depends_on_nothing_else():
         ev.evaluate(net, TOKENS[:1])
 
 
+def test_the_largest_ids_are_measured():
+    """Half of GPT-2's vocabulary lies above what 16 bits with a sign can hold."""
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(50257, 8, 1, 4, (0,)))
+    tokens = np.arange(50241, 50257).astype(np.uint16)
+    idx = torch.arange(50241, 50257).view(2, 8)
+    with torch.no_grad():
+        expected = net(idx[:, :-1], idx[:, 1:])[1].item()
+    assert ev.evaluate(net, tokens) == pytest.approx(expected, abs=1e-5)
+
+
+def test_measuring_saves_nothing_for_a_backward():
+    """It needs no memory that grows with the number of windows, though every parameter trains."""
+    one, two, saved = network(0), network(1), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ev.evaluate(one, TOKENS), ev.compare(one, two, tokens=TOKENS, block_size=16)
+        ev.block_use(one, TOKENS, 16)
+    assert all(p.requires_grad for p in one.parameters()) and not saved
+
+
 def test_compare_and_block_use():
     one, two = network(0), network(1)
     assert ev.compare(one, one, TOKENS, 16)["kl"] == pytest.approx(0, abs=1e-7)
     both = ev.compare(one, two, TOKENS, 16, 3)
+    first = ev.compare(one, two, tokens=TOKENS, block_size=16, windows=3)
+    assert first == pytest.approx(ev.compare(one, two, tokens=TOKENS[:48], block_size=16), abs=1e-6)
     assert both["base"] == pytest.approx(ev.evaluate(one, TOKENS, 16), abs=1e-6)
     assert both["grown"] == pytest.approx(ev.evaluate(two, TOKENS, 16), abs=1e-6)
     idx = torch.from_numpy(TOKENS[:112].astype(np.int64)).view(7, 16)
@@ -81,6 +106,51 @@ def test_compare_and_block_use():
     grow.insert_block(one, 1)
     use = ev.block_use(one, TOKENS, 16, 7)
     assert use[1] == 0 and use[0] > 0 and use[2] > 0
+
+
+def test_a_last_window_of_one_token_is_no_window():
+    """It predicts nothing: the mean of the windows' means goes over the whole windows before it."""
+    net, windows = network(), torch.from_numpy(TOKENS[:32].astype(np.int64)).view(2, 16)
+    with torch.no_grad():
+        expected = np.mean([net.eval()(w[None, :-1], w[None, 1:])[1].item() for w in windows])
+    for windows in (0, 3):  # all there are, or more than there are
+        found = ev.evaluate(net, TOKENS[:33], block_size=16, windows=windows, average="window")
+        assert found == pytest.approx(expected, abs=1e-6)
+    # One token more, and the last window predicts it.
+    with torch.no_grad():
+        tail = torch.from_numpy(TOKENS[32:34].astype(np.int64))[None]
+        last = net(tail[:, :-1], tail[:, 1:])[1].item()
+    found = ev.evaluate(net, TOKENS[:34], block_size=16, average="window")
+    assert found == pytest.approx((2 * expected + last) / 3, abs=1e-6)
+
+
+def test_compare_measures_both_networks_without_dropout():
+    """In whatever mode they come, the numbers are those of the same networks that drop nothing."""
+    expected = ev.compare(network(0), network(1), tokens=TOKENS, block_size=16)
+    base, grown = network(0, dropout=0.5), network(1, dropout=0.5)
+    for base_trains, grown_trains in ((True, False), (False, True), (True, True)):
+        base.train(base_trains), grown.train(grown_trains)
+        assert ev.compare(base, grown, tokens=TOKENS, block_size=16) == expected
+
+
+def test_block_use_counts_only_tokens_that_predict_one():
+    """Window by window, |block(x) - x| / |x| where the next token is in the window: no filling counts."""
+    net = network(dropout=0.5)
+    grow.insert_block(net, 1)
+    seen = {}
+    for i, block in enumerate(net.h):
+        block.register_forward_hook(lambda block, x, out, i=i: seen.update({i: (x[0], out)}))
+    ratios = [[] for _ in net.h]
+    for begin in (0, 16, 32):  # the third window has five tokens, and rows 4 to 8 do not exist
+        window = torch.from_numpy(TOKENS[:37][begin : begin + 16].astype(np.int64))[None]
+        with torch.no_grad():
+            net.eval()(window)
+        for i, (x, out) in seen.items():
+            for t in range(window.size(1) - 1):
+                ratios[i].append(((out[0, t] - x[0, t]).norm() / x[0, t].norm()).item())
+    assert [len(r) for r in ratios] == [15 + 15 + 4] * 3
+    use = ev.block_use(net.train(), TOKENS[:37], 16, 8)
+    assert use == pytest.approx([np.mean(r) for r in ratios], rel=1e-5) and use[1] == 0
 
 
 def test_flops_are_the_matrix_products():
@@ -122,7 +192,7 @@ def test_tables_say_what_the_run_logged(run, capsys):
 
 def test_a_run_without_old_text_has_tables_too(run, tmp_path):
     r = ev.read_run(run)
-    r["result"]["retain"] = dict(dataset="none", base=None, grown=None, kl=None)
+    r["result"]["retain"] = dict.fromkeys(r["result"]["retain"]) | {"dataset": "none"}
     assert "| -" in ev.results_table([r]) or " - |" in ev.results_table([r])
     assert "nothing about forgetting" in ev.model_card(r)
     assert ev.plot([r], tmp_path / "plot.png").stat().st_size > 10_000

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 
@@ -27,12 +28,12 @@ SHAPES = [
 INDEX_124M = SHARED / "fixtures/gpt2-124M.model.ckpt.index"
 
 
-def pair(vocab, positions, heads, width, depth, seed=0):
+def pair(vocab, positions, heads, width, depth, seed=0, scale=0.2):
     """Our network and transformers', with the same random weights (biases and gains random, too)."""
     torch.manual_seed(seed)
     ours = GPT(GPTConfig(vocab, positions, heads, width, (0,) * depth)).eval()
     for p in ours.parameters():
-        p.data = torch.randn_like(p) * 0.2
+        p.data = torch.randn_like(p) * scale
     config = GPT2Config(vocab_size=vocab, n_positions=positions, n_embd=width, n_layer=depth, n_head=heads)
     theirs = GPT2LMHeadModel(config).eval()
     state = {f"transformer.{n}": p.t() if m.is_linear(n) else p for n, p in ours.named_parameters()}
@@ -77,6 +78,42 @@ def test_with_a_frozen_base_loss_and_gradients_are_those_of_transformers():
     assert_same_gradients(ours, theirs)
 
 
+def test_targets_of_minus_one_do_not_count():
+    """The loss is the mean over the others, as transformers has it with its -100."""
+    ours, theirs = pair(*SHAPES[0])
+    idx = torch.randint(61, (3, 16))
+    targets, labels = idx[:, 1:].clone(), idx.clone()
+    hidden = torch.rand(3, 15) < 0.6
+    targets[hidden], labels[:, 1:][hidden] = -1, -100
+    with torch.no_grad():
+        assert abs(ours(idx[:, :-1], targets)[1] - theirs(idx, labels=labels).loss) < 1e-5
+
+
+def test_the_loss_is_computed_in_float32_whatever_the_logits_are():
+    """bfloat16 has three decimal digits: logits may have been rounded to it, their logarithm may not."""
+    ours, _ = pair(*SHAPES[0])
+    ours.bfloat16()
+    idx = torch.randint(61, (8, 17))
+    with torch.no_grad():
+        logits, loss = ours(idx[:, :-1], idx[:, 1:])
+    assert loss.dtype == torch.float32
+    log_p = logits.double().log_softmax(-1)  # (8, 16, 61)
+    expected = -log_p.gather(-1, idx[:, 1:, None]).mean()
+    assert abs(loss - expected) < 1e-6
+
+
+def test_a_config_is_the_published_124m_unless_it_says_otherwise():
+    """And what is no GPT-2 is refused when it is written down, not when the network runs."""
+    ours, theirs = GPTConfig(), GPT2Config()
+    assert (ours.vocab_size, ours.block_size) == (theirs.vocab_size, theirs.n_positions)
+    assert (ours.n_layer, ours.n_head, ours.n_embd) == (theirs.n_layer, theirs.n_head, theirs.n_embd)
+    assert ours.dropout == 0 and set(ours.generation) == {0}
+    for bad in (dict(n_embd=9, n_head=2), dict(n_embd=0), dict(block_size=-1), dict(generation=(0, -1)),
+                dict(vocab_size=8.0), dict(generation=(0, 1.0))):  # fmt: skip
+        with pytest.raises(data.UserError):
+            GPTConfig(**{**dict(vocab_size=8, block_size=4, n_head=2, n_embd=8, generation=(0,)), **bad})
+
+
 def test_logits_of_the_124m_shape_are_those_of_transformers():
     """The true width, depth and head count, where a wrong scale or head split would show most."""
     torch.manual_seed(0)
@@ -107,6 +144,26 @@ def test_causality():
     a, b = ours(idx)[0], ours(other)[0]
     assert torch.equal(a[:, :9], b[:, :9])
     assert (a[:, 9:] != b[:, 9:]).any(-1).all()
+
+
+def test_a_new_network_has_the_random_weights_of_gpt2():
+    """Spread and mean of every matrix are those of a new network of transformers; the rest is equal to it."""
+    torch.manual_seed(0)
+    ours = GPT(GPTConfig(300, 64, 4, 64, (0,) * 6))
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=6, n_head=4))
+    named = dict(theirs.transformer.named_parameters())
+    for name, p in ours.named_parameters():
+        p, q = p.detach(), named[name].detach()
+        if p.dim() == 1:
+            assert torch.equal(p, q), name  # gains are one, biases zero
+            continue
+        # Over n draws the mean has an error of std / sqrt(n), and std one of std / sqrt(2 n). The ratio of
+        # two such standard deviations is known to one part in sqrt(n): allow five times that.
+        n = p.numel()
+        assert abs(p.std() / q.std() - 1) < 5 / math.sqrt(n), name
+        assert abs(p.mean()) < 5 * q.std() / math.sqrt(n), name
+    # Two branches a block, six blocks: twelve additions to the residual stream, whose spread stays the same.
+    assert ours.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(12), rel=0.05)
 
 
 def test_fixture_written_by_tensorflow():
@@ -193,6 +250,7 @@ def test_hugging_faces_mirror_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     arrays = {name: a.astype(np.float16) for name, a in load_file(path).items()}
     masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 16, 16), np.float32)) for i in range(4)}
+    masks |= {f"h.{i}.attn.masked_bias": np.array(-1e4, np.float32) for i in range(4)}  # what older ones add
     save_file({**arrays, **masks, "lm_head.weight": arrays["wte.weight"]}, path)
     again = GPT.from_pretrained(tmp_path)
     for (name, p), q in zip(ours.named_parameters(), again.parameters()):
@@ -278,6 +336,23 @@ def test_generate_is_greedy_with_and_past_the_context():
     assert torch.equal(ours.generate(long, 1, temperature=0)[:, -1], ours(long[:, -16:])[0][:, -1].argmax(-1))
 
 
+def test_generate_past_the_context_reads_exactly_the_last_block_size_ids():
+    """Against transformers on the last 16 ids; a crop to 15, or a position off by one, says other ids."""
+    # Weights so large that the greedy text goes on changing: with pair's own it soon repeats one id for ever,
+    # and then whatever has been read, the next id is the same.
+    ours, theirs = pair(*SHAPES[0], seed=4, scale=0.4)
+    prompt = torch.tensor([[3, 1, 4]])
+    with torch.no_grad():
+        expected, told_apart = prompt, 0
+        for _ in range(60):
+            best = theirs(expected[:, -16:]).logits[:, -1].argmax(-1, keepdim=True)
+            if expected.size(1) > 16:
+                told_apart += (theirs(expected[:, -15:]).logits[:, -1].argmax(-1) != best).sum().item()
+            expected = torch.cat([expected, best], 1)
+    assert 60 not in expected and told_apart > 10  # no <|endoftext|>, and the crop matters at most steps
+    assert torch.equal(ours.generate(prompt, 60, temperature=0), expected)
+
+
 def test_generate_in_a_batch_is_generate_row_by_row():
     """Rows do not see each other, in the cache or past the context."""
     ours, _ = pair(*SHAPES[0], seed=3)
@@ -305,6 +380,8 @@ def test_samples_have_the_distribution_asked_for(temperature, top_k):
     g.manual_seed(0)
     few = ours.generate(prompt.expand(2000, -1), 1, temperature, top_k, g)[:, -1]
     assert ((few.bincount(minlength=61) / 2000 - p).abs() <= 5 * (p * (1 - p) / 2000).sqrt() + 1e-9).all()
+    if (temperature, top_k) == (1.0, None):  # which is what generate does when nothing is asked for
+        assert torch.equal(ours.generate(prompt.expand(2000, -1), 1, generator=g.manual_seed(0))[:, -1], few)
 
 
 def test_generate_stops_per_row_at_end_of_text():
@@ -343,6 +420,60 @@ def test_dropout_only_while_training():
     assert torch.equal(ours(idx)[0], ours(idx)[0])
     ours.train()
     assert torch.equal(ours.generate(idx[:, :4], 5, 0), ours.generate(idx[:, :4], 5, 0)) and ours.training
+    ours.eval().generate(idx[:, :4], 5)
+    assert not any(part.training for part in ours.modules())
+
+
+def what_passes(network, idx):
+    """{name of a part: (its input, its output)} while `network` reads idx (B, T)."""
+    seen = {}
+    for name, part in network.named_modules():
+        # name=name: a plain `name` would be looked up when the hook runs, after the loop
+        part.register_forward_hook(lambda part, x, out, name=name: seen.update({name: (x[0], out)}))
+    with torch.no_grad():
+        network(idx)
+    return seen
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention weights", "attention output", "MLP output"])
+def test_dropout_is_in_the_four_places_where_gpt2_has_it(place):
+    """In training each zeroes a share p of what passes there, at random, and divides the rest by 1 - p."""
+    torch.manual_seed(0)
+    B, T, H, C, p = 500, 4, 2, 8, 0.25
+    ours = GPT(GPTConfig(61, T, H, C, (0,), dropout=p))
+    for parameter in ours.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.5
+    seen = what_passes(ours, torch.randint(61, (B, T)))
+    # The residual stream: what the three norms read.
+    entering, between, leaving = (seen[name][0] for name in ("h.0.ln_1", "h.0.ln_2", "ln_f"))  # (B, T, C)
+    if place == "embedding":
+        before, after = seen["wte"][1] + seen["wpe"][1], entering
+    elif place == "attention weights":
+        # The first token sees only itself, with weight 1: what its head reads is its own value or nothing.
+        before = seen["h.0.attn.c_attn"][1][:, 0, 2 * C :].view(B, H, C // H)
+        after = seen["h.0.attn.c_proj"][0][:, 0].view(B, H, C // H)
+        assert torch.equal((after == 0).all(-1), (after == 0).any(-1))  # a weight is dropped for all channels
+    elif place == "attention output":
+        before, after = seen["h.0.attn.c_proj"][1], between - entering
+    else:
+        before, after = seen["h.0.mlp.c_proj"][1], leaving - between
+    dropped = after == 0
+    assert torch.allclose(after[~dropped], before[~dropped] / (1 - p), atol=1e-4)
+    draws = B * H if place == "attention weights" else after.numel()
+    assert abs(dropped.float().mean() - p) < 5 * math.sqrt(p * (1 - p) / draws)
+
+
+def test_export_says_the_dropout_and_the_end_of_text(tmp_path):
+    """All three of transformers' dropouts; who loads it asks for dropout anew, and by default has none."""
+    GPT(GPTConfig(257, 16, 2, 8, (0, 0), dropout=0.25)).save_pretrained(tmp_path)
+    config = GPT2Config.from_pretrained(tmp_path)
+    assert config.bos_token_id == config.eos_token_id == 256  # <|endoftext|> is the last id
+    assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (0.25, 0.25, 0.25)
+    idx = torch.randint(257, (2, 16))
+    plain, dropping = GPT.from_pretrained(tmp_path), GPT.from_pretrained(tmp_path, dropout=0.1)
+    plain.train(), dropping.train()
+    assert plain.config.dropout == 0 and torch.equal(plain(idx)[0], plain(idx)[0])
+    assert dropping.config.dropout == 0.1 and not torch.equal(dropping(idx)[0], dropping(idx)[0])
 
 
 MEASURE = """
