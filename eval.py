@@ -11,8 +11,11 @@ overlap; in each window every token but the first is predicted from those before
 in nats per predicted token; perplexity is its exponential. No padding counts, nothing is sampled."""
 
 import argparse
+import ctypes
 import json
 import math
+import os
+import platform
 import sys
 from pathlib import Path
 
@@ -26,44 +29,84 @@ from data import UsageError, UserError
 from model import GPT, SIZES, cross_entropy
 
 # ------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def choose_machine(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype, reasons): every choice is said once, with its reason."""
+    why, why_dtype = "asked for", "asked for"
+    if device == "auto":
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        device, why = next(name for name in there if there[name]), "the fastest that torch sees"
+    chosen = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+    if device == "cpu":
+        keep_freed_memory()
+    if device == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if dtype == "auto" and device == "mps":
+        dtype, why_dtype = "float32", "autocast is not used on mps"
+    elif dtype == "auto":
+        capable = torch.cpu.get_capabilities()
+        on_cpu = any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
+        native = torch.cuda.is_bf16_supported(False) if device == "cuda" else on_cpu
+        dtype = "bfloat16" if native else "float16" if device == "cuda" else "float32"
+        why_dtype = "native here" if native else "no native bfloat16"
+    return chosen, getattr(torch, dtype), [f"device {chosen}: {why}", f"dtype {dtype}: {why_dtype}"]
+
+
+def keep_freed_memory():
+    """On a CPU: let glibc keep what a step frees, for the next step asks for the same sizes again.
+
+    By default it gives large pieces back, and the system zeroes and maps them anew page by page, which can
+    take half of an eager step. (mallopt(3); other allocators are left alone.)"""
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # give nothing back,
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)  # and take nothing that would have to be given back
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The one loss
 
 
 def window_batches(tokens, block_size, batch_size, windows):
-    """Yield (slice of windows, inputs, targets), tensors of shape (batch_size, block_size); targets are -1
-    where nothing is predicted: at each window's last position, and in what fills up the last window and
-    the last batch."""
+    """Yield (number of the first window, inputs, targets), the last two (batch_size, block_size) int64.
+
+    Targets are -1 where nothing is predicted: at each window's last position, and in what fills up the last
+    window and the last batch."""
     for first in range(0, windows, batch_size):
-        ids = torch.full((batch_size, block_size + 1), -1)
-        for row in range(min(batch_size, windows - first)):
-            window = tokens[(first + row) * block_size :][:block_size]
-            ids[row, : len(window)] = torch.from_numpy(window.astype(np.int64))
-        yield slice(first, first + batch_size), ids[:, :-1].clamp(min=0), ids[:, 1:]
+        part = tokens[first * block_size : min(first + batch_size, windows) * block_size]
+        ids = torch.full((batch_size * block_size,), -1)
+        ids[: len(part)] = torch.from_numpy(part.astype(np.int64))
+        ids = ids.view(batch_size, block_size)
+        yield first, ids.clamp(min=0), F.pad(ids[:, 1:], (0, 1), value=-1)
 
 
 @torch.no_grad()
-def sum_windows(values, K, device, tokens, block_size, batch_size=8, windows=0):
-    """Sums of each window, (K + 1, N) float64, of the K numbers per token that values(x, y) gives, (K, B, T);
-    the last row counts the predicted tokens.
+def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0):
+    """Add up, in each window, what measure(x, y) says of its predicted tokens: a dict of (B, T) tensors.
 
-    windows = 0 takes the whole split. Ranks share the batches, and all get the whole result."""
+    Returns a dict of float64 tensors (windows,): the sums under the same names, and "tokens", how many were
+    predicted. windows = 0 takes the whole split. Ranks share the batches, and all get the whole result."""
     available = max(math.ceil(len(tokens) / block_size) - (len(tokens) % block_size == 1), 1)
     windows = min(windows or available, available)
-    sums = torch.zeros(K + 1, windows, dtype=torch.float64)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parts = []
-    for i, (where, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
-        if i % world == rank:
-            x, y = data.to_device(x, device), data.to_device(y, device)
-            counted = (y >= 0)[None]
-            parts.append((where, torch.cat([torch.where(counted, values(x, y), 0.0), counted])))
-    for where, part in parts:  # fetched after everything is launched; summed in float64
-        sums[:, where] = part.cpu().double().sum(-1)[:, : sums[0, where].numel()]
-    if world > 1:  # each window has one owner, so this sum is exact
-        sums = sums.to(device)  # nccl adds on the GPU
-        dist.all_reduce(sums)
-        sums = sums.cpu()
-    return sums
+    measured = {}  # number of a batch's first window: what was measured there
+    with torch.compiler.set_stance("force_eager"):  # measuring must not compile shapes of its own
+        for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
+            if i % world == rank:
+                x, y = data.to_device(x, device), data.to_device(y, device)
+                values = {name: torch.where(y >= 0, v, 0.0) for name, v in measure(x, y).items()}
+                measured[first] = {**values, "tokens": y >= 0}
+    for first, values in measured.items():  # fetched after everything is launched
+        measured[first] = {name: v.cpu().double().sum(-1) for name, v in values.items()}
+    if world > 1:  # each window has one owner, so these are the sums of a single process, to the last bit
+        everyone = [None] * world
+        dist.all_gather_object(everyone, measured)
+        measured = {first: sums for one in everyone for first, sums in one.items()}
+    batches = [measured[first] for first in sorted(measured)]
+    return {name: torch.cat([sums[name] for sums in batches])[:windows] for name in batches[0]}
 
 
 def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="token"):
@@ -72,84 +115,85 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
     average="token" weighs every predicted token alike; "window" is the mean of the windows' means, as
     published GPT-2 perplexities often are. Raises UserError if block_size exceeds the model's or there is
     nothing to predict."""
-    block_size = block_size or model.config.block_size
     limit = model.config.block_size
+    block_size = block_size or limit
     if not 2 <= block_size <= limit:
         raise UserError(f"block_size must be from 2 to the model's {limit}, not {block_size}")
     if len(tokens) < 2:
         raise UserError("there is nothing to predict in fewer than two tokens")
-
-    def values(x, y):
-        return model.token_loss(model.run(model.embed(x)), y)[None]
-
     was_training = model.training
     model.eval()
-    nats, count = sum_windows(values, 1, model.wte.weight.device, tokens, block_size, batch_size, windows)
+    sums = sum_windows(
+        lambda x, y: {"nats": cross_entropy(model(x)[0], y)},
+        model.wte.weight.device, tokens, block_size, batch_size, windows,
+    )  # fmt: skip
     model.train(was_training)
-    return ((nats / count).mean() if average == "window" else nats.sum() / count.sum()).item()
+    if average == "window":
+        return (sums["nats"] / sums["tokens"]).mean().item()
+    return (sums["nats"].sum() / sums["tokens"].sum()).item()
 
 
 def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
-    """Losses of both networks and KL(base || grown), how far the distribution moved, right or wrong.
+    """{"base", "grown", "mixed", "kl"}, in nats per predicted token: both networks' losses, and KL(base ||
+    grown), how far the distribution moved, right or wrong. All None where there are no tokens."""
 
-    {"base", "grown", "kl"}, in nats per predicted token.
-    """
+    result = {"base": None, "grown": None, "mixed": None, "kl": None}
+    if tokens is None:
+        return result
 
-    def values(x, y):
-        logits = [net.head(net.run(net.embed(x))).float() for net in (base, grown)]
-        p, q = (F.log_softmax(z, -1) for z in logits)
+    def measure(x, y):
+        base_logits, grown_logits = (net(x)[0].float() for net in (base, grown))  # (B, T, V) each
+        p, q = F.log_softmax(base_logits, -1), F.log_softmax(grown_logits, -1)
         kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-        return torch.stack([*(cross_entropy(z, y) for z in logits), kl])
+        return {"base": cross_entropy(base_logits, y), "grown": cross_entropy(grown_logits, y), "kl": kl}
 
     base.eval(), grown.eval()
-    *sums, count = sum_windows(values, 3, grown.wte.weight.device, tokens, block_size, batch_size, windows)
-    return {name: (s.sum() / count.sum()).item() for name, s in zip(("base", "grown", "kl"), sums)}
+    sums = sum_windows(measure, grown.wte.weight.device, tokens, block_size, batch_size, windows)
+    for name in ("base", "grown", "kl"):
+        result[name] = (sums[name].sum() / sums["tokens"].sum()).item()
+    return result
+
+
+def protocol(windows, block_size, dtype):
+    """What stands beside every number of a run's final comparison."""
+    part = f"first {windows} windows" if windows else "whole split"
+    where = f"{part}, context {block_size}, stride {block_size}"
+    return f"Test split, {where}, mean over predicted tokens, {str(dtype)[6:]}."
 
 
 @torch.no_grad()
 def block_use(model, tokens, block_size, rows=8):
     """For each block, mean over tokens of |block(x) - x| / |x|: how much it changes what passes."""
     model.eval()
+    device, use = model.wte.weight.device, []
     _, x, y = next(window_batches(tokens, block_size, rows, rows))
-    x = model.embed(x.to(model.wte.weight.device))
-    use = []
-    with torch.compiler.set_stance("force_eager"):  # a shape of its own: not worth a compilation
+    x, predicts = model.embed(x.to(device)), (y >= 0).to(device)
+    with torch.compiler.set_stance("force_eager"):
         for block in model.h:
-            out = block(x)
-            ratio = (out - x).norm(dim=-1) / x.norm(dim=-1)
-            use.append(ratio[y.to(x.device) >= 0].mean().item())
+            out = block(x)  # (B, T, C)
+            ratio = (out - x).norm(dim=-1) / x.norm(dim=-1)  # (B, T)
+            use.append(ratio[predicts].mean().item())
             x = out
     return use
 
 
 @torch.no_grad()
-def lambada(model, batch_size=16):
-    """Accuracy (every token of the last word greedily right) and perplexity per last word.
-
-    As lm-eval's task lambada_openai measures them.
-    """
+def lambada(model):
+    """Accuracy (every token of the last word greedily right) and perplexity per last word, one passage at a
+    time, as lm-eval's task lambada_openai measures them."""
     if model.config.vocab_size != data.GPT2:
         raise UsageError("LAMBADA is measured in GPT-2's tokens, and this model has another vocabulary")
-    device, right, nats = model.wte.weight.device, 0, 0.0
-    rows = []
-    for text in data.lambada():
+    passages, right, nats = data.lambada(), 0, 0.0
+    for text in passages:
         context, word = text.rsplit(" ", 1)
         target = data.encode(" " + word)
-        ids = np.concatenate([data.encode(context), target]).astype(np.int64)[-model.config.block_size :]
-        rows.append((ids, len(target)))
-    rows.sort(key=lambda row: len(row[0]))
-    for i in range(0, len(rows), batch_size):
-        part = rows[i : i + batch_size]
-        x = torch.zeros(len(part), len(part[-1][0]), dtype=torch.long)
-        y = torch.full_like(x, -1)
-        for r, (ids, n) in enumerate(part):
-            x[r, : len(ids)] = torch.from_numpy(ids)
-            y[r, len(ids) - n - 1 : len(ids) - 1] = torch.from_numpy(ids[-n:])
-        x, y = x.to(device), y.to(device)
-        hidden = model.run(model.embed(x))
-        nats += model.token_loss(hidden, y).sum().item()
-        right += ((model.head(hidden).argmax(-1) == y) | (y < 0)).all(1).sum().item()
-    return {"accuracy": right / len(rows), "perplexity": math.exp(nats / len(rows)), "passages": len(rows)}
+        ids = np.concatenate([data.encode(context), target])[-model.config.block_size :].astype(np.int64)
+        ids = torch.from_numpy(ids).to(model.wte.weight.device)
+        logits, y = model(ids[None, :-1])[0][0, -len(target) :], ids[-len(target) :]  # (n, V), (n,)
+        nats += cross_entropy(logits, y).sum().item()
+        right += torch.equal(logits.argmax(-1), y)
+    count = len(passages)
+    return {"accuracy": right / count, "perplexity": ppl(nats / count), "passages": count}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,103 +210,101 @@ def read_run(folder):
         kind = row.pop("kind", None) if isinstance(row, dict) else None
         if kind not in run:
             raise UserError(f"{path}: a row of unknown kind {kind!r}")
-        if isinstance(run[kind], list):
-            run[kind].append(row)
-        else:
-            run[kind] = row
+        run[kind] = row if kind in ("header", "result") else [*run[kind], row]
     if run["header"] is None:
         raise UserError(f"{path}: no header row")
     return run
-
-
-def finished(run):
-    if run["result"] is None:
-        raise UserError(f"{run['folder']} is not finished: continue it with the same command and --resume")
-    return run["result"]
 
 
 def ppl(loss):
     return math.exp(min(loss, 700))
 
 
-def markdown(head, rows):
-    """A Markdown table with aligned columns."""
-    rows = [[str(c) for c in row] for row in rows]
-    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines = [head, ["-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(width)], *rows]
-    return "\n".join(
-        "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(r, width))) + " |"
-        for r in lines
-    )
-
-
-def result_row(run):
-    """What `python eval.py RUN ... --json` prints of each run."""
-    r = finished(run)
-    return {"run": run["folder"], "command": run["header"]["command"], **r, "forgetting": forgetting(r)}
-
-
-def show(value, form):
-    return "-" if value is None else format(value, form)
-
-
 def forgetting(result):
-    """Nats by which the loss on the retained domain exceeds the untouched network's; None if not measured."""
+    """Nats by which the loss on the retained text exceeds the untouched network's; None if not measured."""
     old = result["retain"]
     return None if old["base"] is None else old["grown"] - old["base"]
 
 
+def markdown(rows):
+    """A table with aligned columns. A row is a list of (column's head, value, format); None is shown as -."""
+    lines = [[head for head, _, _ in rows[0]]]
+    lines += [["-" if value is None else format(value, form) for _, value, form in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for line in lines:
+        line[0] = line[0].ljust(widths[0])  # names to the left, numbers to the right
+    return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)
+
+
 def results_table(runs):
-    head = ["run", "learn base", "grown", "ppl base", "grown", "retain base", "grown", "forgetting", "KL",
-            "layers", "parameters", "trainable", "TFLOP", "minutes"]  # fmt: skip
     rows = []
     for run in runs:
-        r = finished(run)
-        new, old = r["learn"], r["retain"]
-        losses = [show(x, ".4f") for x in (new["base"], new["grown"])]
-        losses += [show(ppl(x), ".2f") for x in (new["base"], new["grown"])]
-        losses += [show(x, ".4f") for x in (old["base"], old["grown"])]
-        kept = [show(forgetting(r), "+.4f"), show(old["kl"], ".4f")]
-        size = [r["layers"], f"{r['parameters']:,}", f"{r['trainable']:,}"]
-        cost = [f"{r['flops'] / 1e12:,.2f}", f"{r['seconds'] / 60:.1f}"]
-        rows.append([Path(run["folder"]).name, *losses, *kept, *size, *cost])
-    return markdown(head, rows)
+        r, new, old = run["result"], run["result"]["learn"], run["result"]["retain"]
+        rows.append([
+            ("run", Path(run["folder"]).name, ""),
+            ("learn base", new["base"], ".4f"), ("grown", new["grown"], ".4f"),
+            ("ppl base", ppl(new["base"]), ".2f"), ("grown", ppl(new["grown"]), ".2f"),
+            ("retain base", old["base"], ".4f"), ("grown", old["grown"], ".4f"),
+            ("forgetting", forgetting(r), "+.4f"), ("KL", old["kl"], ".4f"), ("layers", r["layers"], ""),
+            ("parameters", r["parameters"], ","), ("trainable", r["trainable"], ","),
+            ("TFLOP", r["flops"] / 1e12, ",.2f"), ("minutes", r["seconds"] / 60, ".1f"),
+        ])  # fmt: skip
+    return markdown(rows)
 
 
-def summary_table(run):
-    r, first = finished(run), run["header"]
-    new = r["learn"]
-    rows = [
-        ["layers", first["layers"], r["layers"]],
-        ["parameters", f"{first['parameters']:,}", f"{r['parameters']:,}"],
-        ["trainable parameters at the end", "", f"{r['trainable']:,}"],
-        ["test loss, learn", f"{new['base']:.4f}", f"{new['grown']:.4f}"],
-        ["test perplexity, learn", f"{ppl(new['base']):.2f}", f"{ppl(new['grown']):.2f}"],
+def tables(run):
+    """Four tables of one finished run: summary, growths, base against grown, scaling."""
+    r, start, new = run["result"], run["header"], run["result"]["learn"]
+    summary = [
+        ("layers", start["layers"], r["layers"], ""),
+        ("parameters", start["parameters"], r["parameters"], ","),
+        ("trainable parameters at the end", "", f"{r['trainable']:,}", ""),
+        ("test loss, learn", new["base"], new["grown"], ".4f"),
+        ("test perplexity, learn", ppl(new["base"]), ppl(new["grown"]), ".2f"),
     ]
-    return markdown(["", "initial", "final"], rows)
-
-
-def events_table(run):
-    rows = [
-        [e["step"], f"{e['layers_before']} -> {e['layers_after']}", e["at"], f"{e['parameters_added']:,}"]
-        + [f"{e['learn_before']:.6f}", f"{e['learn_after']:.6f}", f"{e['learn_after'] - e['learn_before']:g}"]
+    summary = [[("", name, ""), ("initial", a, form), ("final", b, form)] for name, a, b, form in summary]
+    growths = [
+        [("step", e["step"], ""), ("layers", f"{e['layers_before']} -> {e['layers_after']}", ""),
+         ("at", e["at"], ""), ("added", e["parameters_added"], ","),
+         ("val loss before", e["learn_before"], ".6f"), ("val loss after", e["learn_after"], ".6f"),
+         ("delta", e["learn_after"] - e["learn_before"], "g")]
         for e in run["event"]
-    ]
-    head = ["step", "layers", "at", "added", "val loss before", "val loss after", "delta"]
-    return markdown(head, rows) if rows else "no growth"
+    ]  # fmt: skip
+    versus = [
+        [("domain", f"{name}: {text['dataset']}", ""),
+         ("loss base", text["base"], ".4f"), ("loss grown", text["grown"], ".4f"),
+         ("change", text["grown"] - text["base"], "+.4f"),
+         ("ppl base", ppl(text["base"]), ".2f"), ("ppl grown", ppl(text["grown"]), ".2f"),
+         ("KL(base, grown)", text["kl"], ".4f")]
+        for name, text in (("learn", new), ("retain", r["retain"])) if text["base"] is not None
+    ]  # fmt: skip
+    scaling = [
+        [("step", s["step"], ""), ("tokens", s["tokens"], ","), ("layers", s["layers"], ""),
+         ("parameters", s["parameters"], ","), ("TFLOP", s["flops"] / 1e12, ",.2f"),
+         ("val loss", s["loss_before"], ".4f"), ("delta", s["loss_after"] - s["loss_before"], "g"),
+         ("slope before", s["slope_before"], "+.3f"), ("slope after", s["slope_after"], "+.3f"),
+         ("gain / M params", s["gain_per_million"], "+.4f"), ("use", s["use"], ".3f")]
+        for s in scaling_rows(run)
+    ]  # fmt: skip
+    return [markdown(rows) if rows else "no growth" for rows in (summary, growths, versus, scaling)]
 
 
-def versus_table(run):
-    r = finished(run)
-    head = ["domain", "loss base", "loss grown", "change", "ppl base", "ppl grown", "KL(base, grown)"]
-    rows = []
-    for name in ("learn", "retain"):
-        d = r[name]
-        if d["base"] is not None:
-            losses = [f"{d['base']:.4f}", f"{d['grown']:.4f}", f"{d['grown'] - d['base']:+.4f}"]
-            rest = [f"{ppl(d['base']):.2f}", f"{ppl(d['grown']):.2f}", f"{d['kl']:.4f}"]
-            rows.append([f"{name}: {d['dataset']}", *losses, *rest])
-    return markdown(head, rows)
+def scaling_rows(run):
+    """One dict per growth. Nothing is extrapolated: a few growths make no law."""
+    rows, begin, last = [], 0, run["eval"][-1]
+    following = [*run["event"][1:], {**last, "learn_before": last["learn"]}]
+    for k, (e, after) in enumerate(zip(run["event"], following), 1):
+        rows.append({
+            **{key: e[key] for key in ("step", "tokens", "parameters", "flops")}, "layers": e["layers_after"],
+            "loss_before": e["learn_before"], "loss_after": e["learn_after"],
+            "slope_before": slope(run["eval"], begin, e["step"]),
+            "slope_after": slope(run["eval"], e["step"], after["step"]),
+            "gain_per_million": (e["learn_after"] - after["learn_before"]) / (e["parameters_added"] / 1e6),
+            "use": run["result"].get("block_use", {}).get(str(k)),
+        })  # fmt: skip
+        begin = e["step"]
+    return rows
 
 
 def slope(evals, first, last):
@@ -271,47 +313,16 @@ def slope(evals, first, last):
     return 1000 * np.polyfit(*zip(*points), 1)[0] if len(points) > 1 else None
 
 
-def scaling_rows(run):
-    """One dict per growth. Nothing is extrapolated: a few growths make no law."""
-    rows, events, last = [], run["event"], run["eval"][-1]
-    for k, e in enumerate(events):
-        begin = events[k - 1]["step"] if k else 0
-        following = events[k + 1] if k + 1 < len(events) else {**last, "learn_before": last["learn"]}
-        end, loss = following["step"], following["learn_before"]
-        rows.append({
-            **{key: e[key] for key in ("step", "tokens", "parameters", "flops")}, "layers": e["layers_after"],
-            "loss_before": e["learn_before"], "loss_after": e["learn_after"],
-            "slope_before": slope(run["eval"], begin, e["step"]),
-            "slope_after": slope(run["eval"], e["step"], end),
-            "gain_per_million": (e["learn_after"] - loss) / (e["parameters_added"] / 1e6),
-            "use": (run["result"] or {}).get("block_use", {}).get(str(k + 1)),
-        })  # fmt: skip
-    return rows
-
-
-def scaling_table(run):
-    head = ["step", "tokens", "layers", "parameters", "TFLOP", "val loss", "delta", "slope before",
-            "slope after", "gain / M params", "use"]  # fmt: skip
-    rows = []
-    for r in scaling_rows(run):
-        size = [r["step"], f"{r['tokens']:,}", r["layers"], f"{r['parameters']:,}"]
-        size.append(f"{r['flops'] / 1e12:,.2f}")
-        loss = [f"{r['loss_before']:.4f}", f"{r['loss_after'] - r['loss_before']:g}"]
-        slopes = [show(r["slope_before"], "+.3f"), show(r["slope_after"], "+.3f")]
-        rows.append([*size, *loss, *slopes, f"{r['gain_per_million']:+.4f}", show(r["use"], ".3f")])
-    return markdown(head, rows) if rows else "no growth"
-
-
 def report(run):
     """The card's three tables and the scaling analysis of one finished run, as text."""
-    r = finished(run)
+    r = run["result"]
+    summary, growths, versus, scaling = tables(run)
     return "\n\n".join([
-        f"Summary of {run['folder']}", summary_table(run),
-        "Growth (validation loss on the same windows just before and just after; delta must be 0)",
-        events_table(run),
-        f"Base against grown, test splits. {r['protocol']}", versus_table(run),
+        f"Summary of {run['folder']}", summary,
+        "Growth (validation loss on the same windows just before and just after; delta must be 0)", growths,
+        f"Base against grown, test splits. {r['protocol']}", versus,
         "Scaling (slopes: nats per 1,000 steps; gain: nats until the next growth; use: |block(x) - x| / |x|)",
-        scaling_table(run),
+        scaling,
         f"{r['seconds']:.0f} s in all, {r['train_seconds']:.0f} s of them training; {r['tokens']:,} tokens, "
         f"{r['flops'] / 1e12:,.2f} TFLOP. The model: {run['folder']}/model",
     ])  # fmt: skip
@@ -322,100 +333,83 @@ def report(run):
 
 
 def plot(runs, path):
-    """Loss on both domains over steps with the growths marked, and the frontier: forgetting against new-
-    domain loss."""
+    """Losses over steps with the growths marked, and the frontier: forgetting against the new text's loss."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError("a plot needs matplotlib: pip install matplotlib") from e
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (curves, frontier) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
-    few = len(runs) <= 6
-    colors = plt.get_cmap("tab20" if len(runs) > 10 else "tab10").colors
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    curves, frontier = figure.subplots(1, 2)
+    curves.set(xlabel="step", ylabel="validation loss", title="learn (solid), retain (dashed), growths")
+    frontier.set(xlabel="learn: test loss", ylabel="retain: forgetting", title="lower left is better")
     for i, run in enumerate(runs):
-        color, name, r = colors[i % len(colors)], Path(run["folder"]).name, finished(run)
+        color, name, r = f"C{i}", Path(run["folder"]).name, run["result"]
         steps = [e["step"] for e in run["eval"]]
         curves.plot(steps, [e["learn"] for e in run["eval"]], color=color, label=name)
-        if r["retain"]["base"] is not None:
-            curves.plot(steps, [e["retain"] for e in run["eval"]], "--", color=color)
-            x, y = r["learn"]["grown"], forgetting(r)
-            frontier.plot(x, y, "o", color=color)
-            above = 5 if i % 2 else -11  # neighbours in the list often lie close together
-            frontier.annotate(name, (x, y), xytext=(5, above), textcoords="offset points", fontsize=7)
         for e in run["event"]:
-            curves.plot(e["step"], e["learn_after"], "^", color=color, markersize=7, markeredgecolor="black")
-    curves.set(xlabel="step", ylabel="validation loss, nats per token",
-               title="learn (solid) and retain (dashed); triangles: growth")  # fmt: skip
-    if few:
-        curves.legend()
-    frontier.set(xlabel="learn: test loss, nats", ylabel="retain: forgetting, nats",
-                 title="frontier: lower left is better")  # fmt: skip
-    frontier.axhline(0, color="grey", linewidth=0.8)
-    frontier.margins(x=0.15, y=0.1)
-    for axis in (curves, frontier):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
+            curves.plot(e["step"], e["learn_after"], "o", color=color)
+        if r["retain"]["base"] is not None:
+            point = r["learn"]["grown"], forgetting(r)
+            curves.plot(steps, [e["retain"] for e in run["eval"]], "--", color=color)
+            frontier.plot(*point, "o", color=color)
+            frontier.annotate(name, point)
+    curves.legend()
     try:
-        fig.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write the picture {path}: {e}") from e
-    plt.close(fig)
-    return path
 
 
-USAGE_BPE = """from transformers import AutoTokenizer, GPT2LMHeadModel
+USAGE = """import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
 model = GPT2LMHeadModel.from_pretrained("{folder}")
-inputs = tokenizer("The history of", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=50)
-print(tokenizer.decode(output[0]))"""
-
-USAGE_BYTES = """import torch
-from transformers import GPT2LMHeadModel
-
-model = GPT2LMHeadModel.from_pretrained("{folder}")  # byte-level: a token is a byte, no tokenizer files
-prompt = torch.tensor([list(b"def main():")])
+{tokenizer}
+prompt = torch.tensor([{encode}])
 mask = torch.ones_like(prompt)
-output = model.generate(prompt, attention_mask=mask, max_new_tokens={new}, do_sample=True, top_k=50)
-print(bytes(i for i in output[0].tolist() if i < 256).decode(errors="replace"))"""
+ids = model.generate(prompt, attention_mask=mask, max_new_tokens={new}, do_sample=True, top_k=50)[0]
+print({decode})"""
 
 
 def model_card(run):
     """The README.md that stands beside a run's export, filled with this run's numbers only."""
-    r, header, c = finished(run), run["header"], run["header"]["config"]
-    usage = USAGE_BYTES if header["vocab_size"] == data.BYTES else USAGE_BPE
-    old, new = r["retain"], max(1, min(40, c["block_size"] - 11))  # tokens that fit behind the prompt
-    if old["base"] is None:
-        retention = "No old domain was measured in this run, so it says nothing about forgetting."
-    else:
+    r, start, c, old = run["result"], run["header"], run["header"]["config"], run["result"]["retain"]
+    summary, growths, versus, _ = tables(run)
+    options = markdown([[("option", f"--{name}", ""), ("value", repr(v), "")] for name, v in c.items()])
+    retention = "No old text was measured in this run, so it says nothing about forgetting."
+    if old["base"] is not None:
         retention = (
             f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per "
-            f"token ({old['grown'] - old['base']:+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
+            f"token ({forgetting(r):+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
         )
-    options = markdown(["option", "value"], [[f"--{k}", repr(v)] for k, v in c.items()])
+    folder = f"{run['folder']}/model"
+    new = max(1, min(40, c["block_size"] - 11))  # tokens that fit behind the prompt
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
+    encode, decode = 'tokenizer.encode("def main():")', "tokenizer.decode(ids)"
+    if start["vocab_size"] == data.BYTES:
+        tokenizer, encode = "# a token is a byte", 'list(b"def main():")'
+        decode = 'bytes(i for i in ids if i < 256).decode(errors="replace")'
+    usage = USAGE.format(folder=folder, tokenizer=tokenizer, encode=encode, new=new, decode=decode)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, growing, continual-learning]
 ---
 
-# Growing GPT: {header["layers"]} -> {r["layers"]} layers
+# Growing GPT: {start["layers"]} -> {r["layers"]} layers
 
 ## Description
-A GPT-2 that started from `{c["init"]}` with {header["layers"]} blocks and {header["parameters"]:,}
-parameters and was trained on `{c["dataset"]}` while {len(run["event"])} identity-initialised blocks were
-inserted. It has {r["layers"]} blocks and {r["parameters"]:,} parameters; {r["trainable"]:,} trained at
-the end.
+A GPT-2 that started from `{c["init"]}` with {start["layers"]} blocks and {start["parameters"]:,} parameters
+and was trained on `{c["dataset"]}` while {r["layers"] - start["layers"]} identity-initialised blocks were
+inserted. It has {r["layers"]} blocks and {r["parameters"]:,} parameters; {r["trainable"]:,} trained at the
+end.
 
 ## Training data
-Learned: `{c["dataset"]}`, {header["tokens"]["learn"]["train"]:,} training tokens; {r["tokens"]:,} were drawn.
-To be retained: `{r["retain"]["dataset"]}`.
+Learned: `{c["dataset"]}`, {start["tokens"]["learn"]["train"]:,} training tokens; {r["tokens"]:,} were drawn.
+To be retained: `{old["dataset"]}`.
 
 ## Configuration
-`{header["command"]}`
+`{start["command"]}`
 
 {options}
 
@@ -425,27 +419,26 @@ An inserted block has zero weight and bias in both output projections, so it add
 growth the logits on a batch of validation windows were compared before and after, and were bitwise equal.
 
 ## Growth events
-{events_table(run)}
+{growths}
 
 ## Results
-{summary_table(run)}
+{summary}
 
 {r["protocol"]}
 
-{versus_table(run)}
+{versus}
 
 ## Retention
 {retention}
 
 ## Usage
 ```python
-{usage.format(folder=run["folder"] + "/model", new=new)}
+{usage}
 ```
 
 ## Limitations
-One run, with seed {c["seed"]}: how much runs differ is not shown here. A language model of this size
-states falsehoods fluently and repeats the biases of its training text. The numbers hold for the protocol
-beside them.
+One run, with seed {c["seed"]}: how much runs differ is not shown here. A language model of this size states
+falsehoods fluently and repeats the biases of its training text.
 
 ## Licence
 Weights derived from OpenAI's GPT-2 are under its Modified MIT License; the code is MIT; training data keeps
@@ -458,11 +451,12 @@ its own licence.
 
 
 def sample(model, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0):
-    vocab, device = model.config.vocab_size, model.wte.weight.device
-    idx = torch.from_numpy(data.encode(prompt, vocab).astype(np.int64))[None].to(device)
+    """The prompt and its continuation, as text."""
+    vocab_size, prompt = model.config.vocab_size, data.encode(prompt, model.config.vocab_size).tolist()
     torch.manual_seed(seed)
-    ids = model.generate(idx, max_new_tokens, temperature, top_k or None)[0].tolist()
-    return data.decode(ids[: len(idx[0])] + [i for i in ids[len(idx[0]) :] if i != vocab - 1], vocab)
+    ids = torch.tensor([prompt], device=model.wte.weight.device)
+    ids = model.generate(ids, max_new_tokens, temperature, top_k or None)[0].tolist()
+    return data.decode(prompt + [i for i in ids[len(prompt) :] if i != vocab_size - 1], vocab_size)
 
 
 class Parser(argparse.ArgumentParser):
@@ -477,6 +471,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv):
+    gpu = torch.cuda.is_available()
     p = Parser("eval.py", description=__doc__)
     p.add_argument("names", nargs="+", help="run folders, or one model: gpt2, gpt2-medium ..., a folder")
     p.add_argument("--json", action="store_true", help="print results as JSON")
@@ -493,39 +488,45 @@ def arguments(argv):
     p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
     p.add_argument("--average", choices=["token", "window"], default="token", help="weighed alike")
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
-    gpu = torch.cuda.is_available()
     p.add_argument("--device", choices=["cpu", "cuda"] if gpu else ["cpu"], default="cuda" if gpu else "cpu")
     p.add_argument("--cache_dir", default="")
     a = p.parse_args(argv)
     if a.dataset:
         data.check_name(a.dataset)
-    if a.batch_size < 1 or a.windows < 0 or a.top_k < 0 or a.max_new_tokens < 1 or a.block_size < 0:
+    if min(a.batch_size, a.max_new_tokens) < 1 or min(a.windows, a.top_k, a.block_size) < 0:
         raise UsageError("batch_size, max_new_tokens must be 1 or more; windows, top_k, block_size 0 or more")
     return a
 
 
-def load_model(name, device):
-    if name not in SIZES and (Path(name) / "metrics.jsonl").exists():
-        name = f"{name}/model"
-    return GPT.from_pretrained(name).to(device).eval()
+def print_tables(a):
+    runs = [read_run(name) for name in a.names]
+    for run in runs:
+        if run["result"] is None:
+            folder = run["folder"]
+            raise UserError(f"{folder} is not finished: continue it with the same command and --resume")
+    if a.json:
+        rows = [
+            {"run": run["folder"], "command": run["header"]["command"], **run["result"],
+             "forgetting": forgetting(run["result"]), "scaling": scaling_rows(run)}
+            for run in runs
+        ]  # fmt: skip
+        print(json.dumps(rows, indent=1))
+    else:
+        print("\n\n".join([results_table(runs), *(report(run) for run in runs if len(runs) == 1)]))
+        print("\nLosses in nats per token.", *sorted({run["result"]["protocol"] for run in runs}), sep="\n")
+    if a.plot:
+        plot(runs, a.plot)
+        print(f"picture: {a.plot}", file=sys.stderr)
 
 
 def main(argv):
     a = arguments(argv)
     data.set_cache_dir(a.cache_dir)
-    if not (a.prompt is not None or a.dataset or a.lambada):
-        runs = [read_run(name) for name in a.names]
-        if a.json:
-            print(json.dumps([{**result_row(run), "scaling": scaling_rows(run)} for run in runs], indent=1))
-        else:
-            print("\n\n".join([results_table(runs), *(report(run) for run in runs if len(runs) == 1)]))
-            protocols = sorted({finished(run)["protocol"] for run in runs})
-            print("\nLosses in nats per token.", *protocols, sep="\n")
-        if a.plot:
-            print(f"picture: {plot(runs, a.plot)}", file=sys.stderr)
-        return
+    if a.prompt is None and not a.dataset and not a.lambada:
+        return print_tables(a)
     for name in a.names:
-        model = load_model(name, a.device)
+        folder = f"{name}/model" if name not in SIZES and (Path(name) / "metrics.jsonl").exists() else name
+        model = GPT.from_pretrained(folder).to(a.device).eval()
         if a.prompt is not None:
             print(sample(model, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
         if a.lambada:

@@ -14,6 +14,7 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -24,52 +25,66 @@ from model import GPT, Block, cross_entropy, init_parameter
 # Insertion
 
 
-def insert_block(model, at, init="copy"):
+def insert_block(model, at, init="copy", generation=None):
     """Insert a block that computes the identity at index `at` of model.h (0 ... n_layer) and return it.
 
     init "copy" starts from the weights of the block below (of the block above at index 0), "fresh" from
     GPT-2's random initialisation. In both, weight and bias of the two output projections are zero, which
     makes the block the identity (arXiv 2308.06103, theorem 3.6): at first only they have a gradient, and a
-    step later all has."""
-    if not 0 <= at <= model.config.n_layer:
-        raise UserError(f"cannot insert at {at}: give an index from 0 to n_layer = {model.config.n_layer}")
+    step later all has. `generation` numbers the growth that the block belongs to: the next one, if None."""
+    config = model.config
+    if not 0 <= at <= config.n_layer:
+        raise UserError(f"cannot insert at {at}: give an index from 0 to {config.n_layer}")
     if init not in ("copy", "fresh"):
         raise UserError(f"unknown block init {init!r}: give copy or fresh")
     with torch.device("meta"):
-        block = Block(model.config)
+        block = Block(config)
     block.to_empty(device=model.wte.weight.device)
     if init == "copy":
         block.load_state_dict(model.h[max(at - 1, 0)].state_dict())
     else:
         for name, p in block.named_parameters():
-            init_parameter(name, p, model.config.n_layer)
+            init_parameter(name, p, config.n_layer)
     for projection in (block.attn.c_proj, block.mlp.c_proj):
         nn.init.zeros_(projection.weight)
         nn.init.zeros_(projection.bias)
     block.train(model.training)
+    if generation is None:
+        generation = max(config.generation, default=0) + 1
     model.h.insert(at, block)
-    generation = model.config.generation
-    model.config.generation = (*generation[:at], max(generation, default=0) + 1, *generation[at:])
+    config.generation = (*config.generation[:at], generation, *config.generation[at:])
     return block
 
 
-def placement(where, generation, max_growths):
-    """Index for the next block, given the generations of the present ones.
+def grown(model):
+    """Indices of the blocks that were inserted; all others are originals. Every rule below asks here."""
+    return [i for i, g in enumerate(model.config.generation) if g > 0]
+
+
+def originals(model):
+    return [i for i in range(model.config.n_layer) if i not in grown(model)]
+
+
+def placement(where, model, growth, max_growths):
+    """Index for the next block when `growth` of `max_growths` growths are done.
 
     "spread" divides the original blocks into max_growths equal groups and puts one block after each, from
     the top down (LLaMA Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom"
     always use the ends. Growing from the top down keeps the frozen blocks below the lowest grown one,
     which need no backward pass, as many as possible for as long as possible."""
     if where == "top":
-        return len(generation)
+        return model.config.n_layer
     if where == "bottom":
         return 0
-    if where not in ("spread", "upper"):
+    if where.isdecimal():
         return int(where)
-    originals = [i for i, g in enumerate(generation) if g == 0]
-    span = len(originals) if where == "spread" else len(originals) / 2
-    below = round(len(originals) - len(set(generation) - {0}) * span / max(max_growths, 1))
-    return originals[max(below, 1) - 1] + 1
+    if where not in ("spread", "upper"):
+        last = model.config.n_layer
+        raise UserError(f"unknown place {where!r}: give spread, upper, top, bottom, or an index, 0 to {last}")
+    old = originals(model)
+    span = len(old) if where == "spread" else len(old) / 2
+    below = round(len(old) - growth * span / max_growths)  # originals that stay below the new block
+    return old[max(below, 1) - 1] + 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -84,18 +99,18 @@ def freeze(model, policy):
     none    everything trains
     topN    only the N highest original blocks and grown blocks train (a control without growth)
     """
-    generation = model.config.generation
-    originals = [i for i, g in enumerate(generation) if g == 0]
+    generation, old, new = model.config.generation, originals(model), grown(model)
+    top = int(policy[3:]) if policy.startswith("top") and policy[3:].isdecimal() else 0
     if policy == "base":
-        trains = {i for i, g in enumerate(generation) if g > 0}
+        trains = new
     elif policy == "older":
-        trains = {i for i, g in enumerate(generation) if g > 0 and g == max(generation)}
+        trains = [i for i in new if generation[i] == max(generation)]
     elif policy == "none":
-        trains = set()
-    elif policy.startswith("top") and policy[3:].isdecimal() and 0 < int(policy[3:]) <= len(originals):
-        trains = set(originals[-int(policy[3:]) :]) | {i for i, g in enumerate(generation) if g > 0}
+        trains = []
+    elif 0 < top <= len(old):
+        trains = old[-top:] + new
     else:
-        known = f"base, older, none, or top1 to top{len(originals)}"
+        known = f"base, older, none, or top1 to top{len(old)}"
         raise UserError(f"unknown freeze policy {policy!r}: give {known}")
     model.requires_grad_(not trains)  # no block named: everything trains
     for i in trains:
@@ -112,63 +127,56 @@ def trainable(model):
 def original(model):
     """The network without its grown blocks, as a GPT that shares every tensor with `model`.
 
-    If the originals never trained, it is the pretrained network.
-    """
+    If the originals never trained, it is the pretrained network."""
     with torch.device("meta"):  # an empty shell, filled with the model's own modules
         net = GPT(replace(model.config, generation=()))
     net.wte, net.wpe, net.ln_f = model.wte, model.wpe, model.ln_f
-    net.h = nn.ModuleList(b for b, g in zip(model.h, model.config.generation) if g == 0)
-    net.config.generation = (0,) * len(net.h)
+    net.h = nn.ModuleList(model.h[i] for i in originals(model))
+    net.config.generation = tuple(model.config.generation[i] for i in originals(model))
     return net.train(model.training)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Triggers: fires(step, loss) is asked with the validation loss (nats) whenever one is at hand
+# Triggers: is a growth due? Pure functions of what the log holds, so there is no state to save.
 
 
-class Schedule:
-    """Fires at `first` (default: `every`) and every `every` steps from there."""
-
-    def __init__(self, every, first=None):
-        self.every, self.first = every, every if first is None else first
-
-    def fires(self, step, loss=None):
-        return step >= self.first and (step - self.first) % self.every == 0
+def scheduled(step, first, every):
+    """Due at step `first` and every `every` steps from there."""
+    return step >= first and (step - first) % every == 0
 
 
-class Plateau:
-    """Fires when the loss has not fallen by more than `min_delta` nats for `patience` steps.
+def plateau(evals, patience, min_delta, grown=0):
+    """Due when the loss has not fallen by more than `min_delta` nats for `patience` steps.
 
-    The rule of torch.optim.lr_scheduler.ReduceLROnPlateau (mode min, threshold_mode abs), counted in steps
-    instead of calls; NaN is never better. After firing the count starts anew, so a new block has
-    `patience` steps to prove itself."""
-
-    def __init__(self, patience, min_delta):
-        self.patience, self.min_delta = patience, min_delta
-        self.best, self.since = float("inf"), 0  # lowest loss; the step from which patience is counted
-
-    def fires(self, step, loss):
-        if loss < self.best - self.min_delta:
-            self.best, self.since = loss, step
-        elif step - self.since >= self.patience:
-            self.since = step
-            return True
-        return False
+    evals: [(step, validation loss in nats)], in order. The rule of torch.optim.lr_scheduler.ReduceLROnPlateau
+    (mode min, threshold_mode abs), counted in steps instead of calls; NaN is never better. Patience is also
+    counted from step `grown` of the last growth, so that a new block has time to prove itself."""
+    best, improved = float("inf"), 0
+    for step, loss in evals:
+        if loss < best - min_delta:
+            best, improved = loss, step
+    return bool(evals) and evals[-1][0] - max(improved, grown) >= patience
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The optimizer over growth
 
 
-def carry_over(old, new):
-    """Give optimizer `new` what `old` knew (moments, step) of each parameter in both; others start fresh.
+def make_optimizer(model, lr, weight_decay, previous=None):
+    """AdamW over what trains now; matrices and embeddings decay. What `previous` knew of a parameter that
+    still trains (its moments, its step) is carried over; a new block starts fresh.
 
     The key is the parameter itself: positions, by which torch's own state_dict goes, shift when a block is
     inserted."""
-    for group in new.param_groups:
-        for p in group["params"]:
-            if p in old.state:
-                new.state[p] = old.state[p]
+    params = trainable(model)
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    if previous is not None:
+        optimizer.state.update({p: previous.state[p] for p in params if p in previous.state})
+    return optimizer
 
 
 def optimizer_state(model, optimizer):
@@ -191,8 +199,7 @@ def distillation_loss(student_logits, teacher_logits, temperature):
     """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats.
 
     Logits: (..., V). The factor T^2 keeps the size of its gradient independent of T (Hinton et al., 2015,
-    section 2).
-    """
+    section 2)."""
     V = student_logits.size(-1)
     student = F.log_softmax(student_logits.float().view(-1, V) / temperature, -1)
     teacher = F.log_softmax(teacher_logits.float().view(-1, V) / temperature, -1)
@@ -216,8 +223,8 @@ class EWC:
         self.fisher = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
         count = 0
         for idx in batches:
-            log_p = F.log_softmax(model(idx)[0].float(), -1).flatten(0, 1)  # (BT, V)
-            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            log_p = F.log_softmax(model(idx)[0].float(), -1).flatten(0, 1)  # (B * T, V)
+            labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)  # (B * T, 1)
             grads = torch.autograd.grad(log_p.gather(1, labels).sum(), list(named.values()))
             for n, g in zip(named, grads):
                 self.fisher[n] += g.float() ** 2 / idx.numel()
@@ -236,29 +243,51 @@ class EWC:
         return sum(terms) / 2 if terms else torch.zeros((), device=model.wte.weight.device)
 
 
+def sample_dreams(model, rows, T, seed):
+    """Text that `model` samples itself, `rows` rows of T tokens, each from <|endoftext|> on.
+
+    (rows * T + 1,) uint16, the same on every process."""
+    device, end = model.wte.weight.device, model.config.vocab_size - 1
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.full((rows, T), end, device=device)
+    for first in range(0, rows, 256):
+        start = ids[first : first + 256, :1]  # (256, 1)
+        sampled = model.generate(start, T - 1, generator=generator)
+        ids[first : first + 256, : sampled.size(1)] = sampled  # shorter where all rows ended early
+    if dist.is_initialized():
+        dist.broadcast(ids, 0)
+    return F.pad(ids.flatten(), (0, 1), value=end).to("cpu", torch.uint16)  # a token behind the last window
+
+
 def original_parameters(model):
     """(name in the original network, parameter) for every parameter that is not in a grown block."""
-    originals = [b for b, g in zip(model.h, model.config.generation) if g == 0]
-    inside = [(f"h.{i}.{name}", p) for i, b in enumerate(originals) for name, p in b.named_parameters()]
-    return [(n, p) for n, p in model.named_parameters() if not n.startswith("h.")] + inside
+    outside = [(n, p) for n, p in model.named_parameters() if not n.startswith("h.")]
+    blocks = [model.h[i] for i in originals(model)]
+    return outside + [(f"h.{i}.{n}", p) for i, b in enumerate(blocks) for n, p in b.named_parameters()]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The objective
 
 
+def shared_blocks(a, b):
+    """How many blocks, from the bottom up, two networks have in common: these need computing only once."""
+    if a.wte is not b.wte:
+        return 0
+    pairs = enumerate(zip(a.h, b.h))
+    return next((i for i, (one, other) in pairs if one is not other), min(len(a.h), len(b.h)))
+
+
 class Objective(nn.Module):
-    """The loss of one micro-batch, as a module so that DistributedDataParallel can wrap it.
+    """The losses of one micro-batch, as a module so that DistributedDataParallel can wrap it.
 
-    forward(x (B + K, T), y (B, T)) -> (3,), in nats per token: the loss to minimise and, for the log, its two
-    parts, next-token loss and distillation loss. The last K rows of x have no targets: the network is only
-    distilled on them. With K = 0 it is distilled on x itself.
-    """
+    forward(x (B + K, T), y (B, T)) -> next-token loss and distillation loss, both in nats per token. The
+    last K rows of x have no targets: the network is only distilled on them. With K = 0 it is distilled on
+    x itself, without a teacher not at all."""
 
-    def __init__(self, model, teacher=None, shared=False, kd_weight=0.0, temperature=1.0):
+    def __init__(self, model, teacher=None, temperature=1.0):
         super().__init__()
-        self.model, self.shared, self.kd_weight, self.temperature = model, shared, kd_weight, temperature
-        self.__dict__["teacher"] = teacher  # not a submodule: DDP need not know it
+        self.model, self.teacher, self.temperature = model, teacher, temperature
 
     def forward(self, x, y):
         B = len(y)
@@ -267,29 +296,73 @@ class Objective(nn.Module):
         if len(x) == B:
             return self.losses(*self.run_both(x, 0), y)
         hidden, target = self.run_both(x, B)
-        return self.losses(hidden[:B], None, y) + self.losses(hidden[B:], target, None)
+        return self.losses(hidden[:B], None, y)[0], self.losses(hidden[B:], target, None)[1]
 
     def run_both(self, x, first):
-        """Last blocks' outputs, of the network on all rows of x and of the teacher from row `first` on.
-
-        Up to the lowest grown block a shared teacher is the network itself: that part is computed once.
-        """
-        grown = [i for i, g in enumerate(self.model.config.generation) if g > 0]
-        fork = (grown or [self.model.config.n_layer])[0] if self.shared else 0
-        below = self.model.run(self.model.embed(x), stop=fork)
+        """Last blocks' outputs: of the network on all rows of x, of the teacher from row `first` on."""
+        fork = shared_blocks(self.model, self.teacher)
+        below = self.model.run(self.model.embed(x), stop=fork)  # (B + K, T, C)
         with torch.no_grad():
-            start = below[first:].detach() if self.shared else self.teacher.embed(x[first:])
-            target = self.teacher.run(start, start=fork)
+            own = self.teacher.wte is not self.model.wte
+            start = self.teacher.embed(x[first:]) if own else below[first:].detach()
+            target = self.teacher.run(start, start=fork)  # (B or K, T, C)
         return self.model.run(below, start=fork), target
 
     def losses(self, hidden, target, y):
-        """The three losses of rows with targets y (B, T), or a teacher's last output (B, T, C), or both."""
-        logits, nothing = self.model.head(hidden).float(), torch.zeros((), device=hidden.device)
-        nll = nothing if y is None else cross_entropy(logits, y).mean()
+        """Of rows with targets y (B, T), or a teacher's last output (B, T, C), or both."""
+        logits, zero = self.model.head(hidden).float(), torch.zeros((), device=hidden.device)
+        nll = zero if y is None else cross_entropy(logits, y).mean()
         if target is None:
-            kd = nothing
-        else:
-            with torch.no_grad():
-                wanted = self.teacher.head(target)
-            kd = distillation_loss(logits, wanted, self.temperature)
-        return torch.stack([nll + self.kd_weight * kd, nll.detach(), kd.detach()])
+            return nll, zero
+        with torch.no_grad():
+            wanted = self.teacher.head(target)
+        return nll, distillation_loss(logits, wanted, self.temperature)
+
+
+def choose_compile(wish, device):
+    """(compile or not, the reason) for --compile=auto, 0 or 1."""
+    if wish == "0" or (wish == "auto" and device.type != "cuda"):
+        return False, "asked for" if wish == "0" else "by default only on CUDA"
+    # Past its limit of graphs torch would go on eagerly with no more than a log line. Let it raise.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; blocks are small enough
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as e:  # no C++ compiler, no Triton ...: whatever it is, eager works
+        return False, f"impossible here ({type(e).__name__}), so eagerly"
+    return True, "asked for" if wish == "1" else "worth it on CUDA"
+
+
+def compile_objective(objective):
+    """Compile each block, and the final norm with head and loss: two functions, whatever the depth.
+
+    Blocks that do the same work share one graph, of which their parameters are inputs; a compiled whole
+    network would be compiled anew at every growth."""
+    for module in objective.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
+    objective.losses = torch.compile(objective.losses, dynamic=False)
+
+
+def count_flops(objective, rows, distilled, T):
+    """Floating-point operations of a step on `rows` rows of T tokens and `distilled` more without targets.
+
+    Two for every weight of a matrix and token in the forward pass, the head included, and two for every
+    product inside attention, whose mask saves nothing here. Backward costs as much again for activations,
+    from the head down to the lowest block that trains, and as much again for weights that train; attention
+    multiplies activations only, and pays both. Look-ups, gains and biases are not counted."""
+    model, teacher = objective.model, objective.teacher
+    C, V = model.config.n_embd, model.config.vocab_size
+    matrices, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V  # of a row, forward
+    trains = [any(p.requires_grad for p in block.parameters()) for block in model.h]
+    whole = model.wte.weight.requires_grad
+    lowest = 0 if whole else trains.index(True)
+    row = head * (2 + whole) + model.config.n_layer * (matrices + attention)
+    for block_trains in trains[lowest:]:
+        row += matrices * (1 + block_trains) + 2 * attention
+    flops = (rows + distilled) * row
+    if teacher is not None:
+        above = teacher.config.n_layer - shared_blocks(model, teacher)
+        flops += (distilled or rows) * (above * (matrices + attention) + head)
+    return flops

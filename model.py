@@ -3,17 +3,18 @@
 The network is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN
 blocks, tanh GELU, learned positions, output head tied to the token embedding. The names (wte, wpe, h,
 ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. Its one addition is `GPTConfig.generation`:
-for each block, the growth that inserted it (0 for the original ones), so that a saved network knows its
-own history.
+for each block, the growth that inserted it (0 for the original ones).
 
     model = GPT.from_pretrained("gpt2")
     logits, loss = model(idx, targets)
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -46,8 +47,8 @@ class GPTConfig:
 
     def __post_init__(self):
         self.generation = tuple(self.generation)
-        sizes = {k: getattr(self, k) for k in ("vocab_size", "block_size", "n_head", "n_embd")}
-        for name, value in sizes.items():
+        for name in ("vocab_size", "block_size", "n_head", "n_embd"):
+            value = getattr(self, name)
             if type(value) is not int or not 0 < value < 2**24:
                 raise UserError(f"{name} must be a positive whole number, not {value!r}")
         if self.n_embd % self.n_head:
@@ -129,10 +130,6 @@ class GPT(nn.Module):
         """(B, T, C) -> logits (B, T, V). The output matrix is the token embedding."""
         return F.linear(self.ln_f(x), self.wte.weight)
 
-    def token_loss(self, x, targets):
-        """Nats per token, (B, T), of the targets given the last block's output x; 0 where a target is -1."""
-        return cross_entropy(self.head(x), targets)
-
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean loss in nats per target or None."""
         if idx.size(1) > self.config.block_size:
@@ -155,9 +152,8 @@ class GPT(nn.Module):
             raise UserError("temperature must be at least 0 and top_k at least 1")
         eot = self.config.vocab_size - 1
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        was_training = self.training
+        cache, was_training = None, self.training
         self.eval()
-        cache = None
         with torch.compiler.set_stance("force_eager"):  # every length is a new shape: do not compile for each
             for _ in range(max_new_tokens):
                 seen = idx.size(1)
@@ -168,7 +164,7 @@ class GPT(nn.Module):
                     x = self.embed(idx[:, -1:], start=seen - 1)
                 for block, kv in zip(self.h, cache):
                     x = block(x, kv)
-                chosen = pick(self.head(x[:, -1]).float(), temperature, top_k, generator)  # (B, 1)
+                chosen = sample(self.head(x[:, -1]).float(), temperature, top_k, generator)  # (B, 1)
                 chosen = torch.where(done, eot, chosen)
                 idx = torch.cat([idx, chosen], 1)
                 done |= chosen == eot
@@ -177,30 +173,34 @@ class GPT(nn.Module):
         self.train(was_training)
         return idx
 
-    # Loading and saving: the formats follow below the network.
-
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
         """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with OpenAI's or Hugging Face's files.
 
-        Raises UserError (a ValueError) that names the file and its fault.
-        """
+        Raises UserError (a ValueError) that names the file and its fault."""
         config = replace(read_config(name_or_folder), dropout=dropout)
         folder = fetch_gpt2(name_or_folder) if name_or_folder in SIZES else Path(name_or_folder)
         with torch.device("meta"):  # shapes only: no memory and no random numbers for what is about to come
             model = cls(config)
         if (folder / "hparams.json").exists():
-            ours = {openai_name(name): name for name, _ in model.named_parameters()}
-            arrays = {ours.get(name, name): a for name, a in read_openai_checkpoint(folder).items()}
-            arrays = {n: a[0] if is_linear(n) and a.ndim == 3 else a for n, a in arrays.items()}
-            fill(model, arrays, folder / INDEX)
+            assign_weights(model, read_openai_weights(folder, model), folder / INDEX)
         else:
-            fill(model, read_huggingface_weights(folder), folder / "model.safetensors")
+            assign_weights(model, read_huggingface_weights(folder), folder / "model.safetensors")
         return model
 
-    def save_pretrained(self, folder):
-        """Write Hugging Face's format: GPT2LMHeadModel and AutoTokenizer load it, from_pretrained too."""
-        save_huggingface(self, Path(folder))
+    def save_pretrained(self, folder, card=None):
+        """Write Hugging Face's format: GPT2LMHeadModel and AutoTokenizer load it, from_pretrained too.
+
+        `card` is the text of its README.md. The folder is complete or not there: it is written aside, then
+        renamed."""
+        folder = Path(folder)
+        aside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        save_huggingface(self, aside)
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
 
 
 def init_parameter(name, p, n_layer):
@@ -218,7 +218,7 @@ def cross_entropy(logits, targets):
     return loss.view(targets.shape)
 
 
-def pick(logits, temperature, top_k, generator=None):
+def sample(logits, temperature, top_k, generator=None):
     """Next ids (B, 1) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -229,120 +229,150 @@ def pick(logits, temperature, top_k, generator=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# OpenAI's checkpoint: a TensorFlow "tensor bundle". model.ckpt.data-00000-of-00001 holds the tensors one
-# after the other, raw; model.ckpt.index is a LevelDB-style table of serialised BundleEntryProto messages that
-# say where. (tensorflow/core/util/tensor_bundle, tensorflow/core/protobuf/tensor_bundle.proto,
-# leveldb/doc/table_format.md)
+# Weights from a file. OpenAI's format and Hugging Face's hold the tensors raw, one after the other.
+
+
+def map_tensors(path, tensors, start=0):
+    """{name: array}, mapped from the file, unread. tensors: (begin, end, name, dtype, shape), in bytes from
+    `start` on, where they must fill the file without gap or overlap: else ValueError."""
+    arrays, last, size = {}, 0, path.stat().st_size - start
+    for begin, end, name, dtype, shape in sorted(tensors, key=lambda tensor: tensor[0]):
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        if not whole or begin != last or end - begin != dtype.itemsize * math.prod(shape) or end > size:
+            raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
+        if end > begin:
+            arrays[name] = np.memmap(path, dtype, "c", start + begin, tuple(shape))
+        last = end
+    if last != size:
+        raise ValueError(f"the tensors have {last:,} bytes, and the file has {size:,} for them")
+    return arrays
+
+
+def assign_weights(model, arrays, source):
+    """Give a model without memory (on "meta") its weights: every tensor must be there and none left over.
+
+    Both formats store the weight of a linear layer as (in, out); nn.Linear has it as (out, in)."""
+    shapes = {n: tuple(p.shape[::-1] if is_linear(n) else p.shape) for n, p in model.named_parameters()}
+    for name in sorted(shapes.keys() | arrays.keys()):
+        found = tuple(arrays[name].shape) if name in arrays else "missing"
+        expected = shapes.get(name, "no such tensor")
+        if found != expected:
+            raise UserError(f"{source}: tensor {name}: {found}, where the model has {expected}")
+
+    def copy(name, array):  # never the mapped file itself: it may go away
+        tensor = torch.from_numpy(array if array.flags.aligned else np.array(array))
+        tensor = tensor.t() if is_linear(name) else tensor
+        return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    # pop: what is copied is unmapped, so that memory never holds a network twice
+    with ThreadPoolExecutor() as pool:
+        tensors = pool.map(lambda name: copy(name, arrays.pop(name)), shapes)
+        model.load_state_dict(dict(zip(shapes, tensors)), assign=True)
+
+
+def is_linear(name):
+    return name.endswith(".weight") and ".c_" in name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# OpenAI's checkpoint: a TensorFlow "tensor bundle". model.ckpt.data-00000-of-00001 holds the tensors, and
+# model.ckpt.index, a LevelDB-style table of serialised BundleEntryProto messages, says where.
+# (tensorflow/core/util/tensor_bundle, .../core/protobuf/tensor_bundle.proto, leveldb/doc/table_format.md)
 
 INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+
+
+def read_openai_weights(folder, model):
+    """{our name: array}. A linear layer's weight lies in the file as (1, in, out)."""
+    ours = {openai_name(name): name for name, _ in model.named_parameters()}
+    arrays = {ours.get(name, name): a for name, a in read_openai_checkpoint(folder).items()}
+    return {name: a[0] if is_linear(name) and a.ndim == 3 else a for name, a in arrays.items()}
+
+
+def openai_name(name):
+    """h.0.attn.c_attn.weight -> model/h0/attn/c_attn/w"""
+    *path, last = ("model." + name).replace(".h.", ".h").split(".")
+    if path[-1] in ("wte", "wpe"):
+        return "/".join(path)
+    return "/".join(path + ["b" if last == "bias" else "g" if path[-1].startswith("ln_") else "w"])
 
 
 def read_openai_checkpoint(folder):
     """{variable name: float32 array}, mapped from the file, unread. Raises UserError on any damage."""
     index, path = Path(folder) / INDEX, Path(folder) / DATA
     try:
-        return map_tensors(read_table(index.read_bytes()), path)
+        table = read_table(index.read_bytes())
+        header = table.pop("", {})
+        if header.get(1) != 1 or 2 in header:
+            raise ValueError("it does not describe one little-endian file")
+        return map_tensors(path, [tensor_place(name, entry) for name, entry in table.items()])
     except OSError as e:
         raise UserError(f"{e.filename}: {e.strerror}") from e
-    except (ValueError, LookupError, TypeError, struct.error) as e:
+    except (ValueError, LookupError, TypeError, OverflowError, struct.error) as e:
         raise UserError(f"{index}: damaged, or not the index of {path.name} ({e})") from e
 
 
-def map_tensors(entries, path):
-    """The tensors that an index describes: they must fill the file at `path` without gap or overlap."""
-    header = entries.pop("", {})
-    if header.get(1) != [1] or 2 in header:
-        raise ValueError("it does not describe one little-endian file")
-    arrays, end, size = {}, 0, path.stat().st_size
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].get(4, [0])[0]):
-        dims = protobuf(entry.get(2, [b""])[0]).get(2, [])
-        shape = tuple(protobuf(dim).get(1, [0])[0] for dim in dims)
-        offset, length = entry.get(4, [0])[0], 4 * math.prod(shape)
-        if entry.get(1) != [1] or 3 in entry or 7 in entry:
-            raise ValueError(f"{name} is not a whole float32 tensor")
-        if offset != end or entry.get(5, [0]) != [length] or not 0 < length <= size - offset:
-            raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
-        arrays[name] = np.memmap(path, "<f4", "c", offset, shape)
-        end = offset + length
-    if not arrays or end != size:
-        raise ValueError(f"the file has {size:,} bytes, not {end:,}")
-    return arrays
+def tensor_place(name, entry):
+    """From a BundleEntryProto: 1 type, 2 shape, 3 file, 4 offset, 5 size, 7 slices; zeros are left out."""
+    if entry.get(1) != 1 or 3 in entry or 7 in entry:
+        raise ValueError(f"{name} is not a whole float32 tensor")
+    dims = [dict(protobuf(dim)) for field, dim in protobuf(entry.get(2, b"")) if field == 2]
+    begin, size = entry.get(4, 0), entry.get(5, 0)
+    return begin, begin + size, name, np.dtype("<f4"), [dim.get(1, 0) for dim in dims]
 
 
 def read_table(raw):
-    """{key: {field number: [values]}} of a TensorFlow index file's bytes."""
+    """{key: {field number: value}} of a TensorFlow index file's bytes."""
     if len(raw) < 48 or raw[-8:] != bytes.fromhex("57fb808b247547db"):
         raise ValueError("no table magic at the end")
-    footer = raw[-48:]
-    _, i = handle(footer, 0)  # the metaindex block, empty in these files
-    (offset, size), _ = handle(footer, i)
+    footer = io.BytesIO(raw[-48:])
+    _, _, offset, size = (varint(footer) for _ in range(4))  # of the metaindex (empty here) and the index
     table = {}
-    for _, value in table_entries(block_contents(raw, offset, size)):  # index block -> data blocks
-        (start, length), _ = handle(value, 0)
-        for key, message in table_entries(block_contents(raw, start, length)):
-            table[key.decode()] = protobuf(message)
+    for _, place in table_entries(raw, offset, size):
+        f = io.BytesIO(place)
+        for key, message in table_entries(raw, varint(f), varint(f)):
+            table[key.decode()] = dict(protobuf(message))
     return table
 
 
-def handle(raw, i):
-    offset, i = varint(raw, i)
-    size, i = varint(raw, i)
-    return (offset, size), i
-
-
-def block_contents(raw, offset, size):
-    """A block's bytes; behind them stand a compression type and a masked CRC-32C of both."""
+def table_entries(raw, offset, size):
+    """(key, value) pairs of a block. Behind it stand a compression type and a masked CRC-32C of both."""
     block = raw[offset : offset + size + 5]
-    if len(block) != size + 5:
-        raise ValueError("a block reaches past the end")
-    kind, crc = struct.unpack("<BI", block[-5:])
+    kind, crc = struct.unpack("<BI", block[size:])
     c = crc32c(block[:-4])
-    if ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF != crc:
-        raise ValueError("a block's checksum is wrong")
-    if kind != 0:
-        raise ValueError("a block is compressed")
-    return block[:-5]
-
-
-def table_entries(block):
-    """(key, value) pairs. A key shares a prefix with the one before; restarts at the end only help seeks."""
-    end = len(block) - 4 * (struct.unpack("<I", block[-4:])[0] + 1)
-    i, key = 0, b""
-    while i < end:
-        shared, i = varint(block, i)
-        unshared, i = varint(block, i)
-        length, i = varint(block, i)
-        key = key[:shared] + block[i : i + unshared]
-        i += unshared + length
-        yield key, block[i - length : i]
-
-
-def varint(raw, i):
-    value = shift = 0
-    while True:
-        byte = raw[i]
-        value |= (byte & 127) << shift
-        i, shift = i + 1, shift + 7
-        if byte < 128:
-            return value, i
+    if kind != 0 or ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF != crc:
+        raise ValueError("a block is compressed, or its checksum is wrong")
+    restarts = struct.unpack("<I", block[size - 4 : size])[0]  # at the end; they only help seeks
+    f, key = io.BytesIO(block), b""
+    while f.tell() < size - 4 * (restarts + 1):
+        shared, unshared, length = varint(f), varint(f), varint(f)
+        key = key[:shared] + f.read(unshared)  # a key shares a prefix with the one before
+        yield key, f.read(length)
 
 
 def protobuf(raw):
-    """{field number: [values]} of a serialised message: numbers (wire types 0, 5) and bytes (type 2)."""
-    fields, i = {}, 0
-    while i < len(raw):
-        tag, i = varint(raw, i)
+    """(field number, value) pairs of a serialised message: numbers (wire types 0, 5) and bytes (type 2)."""
+    f = io.BytesIO(raw)
+    while f.tell() < len(raw):
+        tag = varint(f)
         if tag & 7 == 0:
-            value, i = varint(raw, i)
+            yield tag >> 3, varint(f)
         elif tag & 7 == 2:
-            length, i = varint(raw, i)
-            value, i = raw[i : i + length], i + length
+            yield tag >> 3, f.read(varint(f))
         elif tag & 7 == 5:
-            value, i = struct.unpack("<I", raw[i : i + 4])[0], i + 4
+            yield tag >> 3, struct.unpack("<I", f.read(4))[0]
         else:
             raise ValueError(f"unknown wire type {tag & 7}")
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
+
+
+def varint(f):
+    """A number from a stream of bytes: seven bits in each, the lowest first, until one is below 128."""
+    value, shift, byte = 0, 0, 128
+    while byte >= 128:
+        byte = f.read(1)[0]
+        value |= (byte & 127) << shift
+        shift += 7
+    return value
 
 
 def crc32c(raw):
@@ -354,54 +384,110 @@ def crc32c(raw):
     return crc ^ 0xFFFFFFFF
 
 
-def openai_name(name):
-    """h.0.attn.c_attn.weight -> model/h0/attn/c_attn/w"""
-    *path, last = ("model." + name).replace(".h.", ".h").split(".")
-    if path[-1] in ("wte", "wpe"):
-        return "/".join(path)
-    return "/".join(path + ["b" if last == "bias" else "g" if path[-1].startswith("ln_") else "w"])
-
-
-def fill(model, arrays, source):
-    """Give a model without memory (on "meta") its weights; every tensor must be there and none left over.
-
-    Both formats store the weight of a linear layer as (in, out); nn.Linear wants (out, in).
-    """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wanted = {name: shape[::-1] if is_linear(name) else shape for name, shape in shapes.items()}
-    for name in sorted(wanted.keys() | arrays.keys()):
-        found = tuple(arrays[name].shape) if name in arrays else "missing"
-        if found != wanted.get(name):
-            need = wanted.get(name, "no such tensor")
-            raise UserError(f"{source}: tensor {name}: {found}, where the model has {need}")
-
-    def copy(name, array):  # never the mapped file itself: it may go away
-        tensor = torch.from_numpy(array if array.flags.aligned else np.array(array))
-        tensor = tensor.t() if is_linear(name) else tensor
-        return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-    # pop: what is copied is unmapped, so that memory never holds a network twice
-    with ThreadPoolExecutor() as pool:
-        tensors = pool.map(lambda name: copy(name, arrays.pop(name)), wanted)
-        model.load_state_dict(dict(zip(wanted, tensors)), assign=True)
-
-
-def is_linear(name):
-    return name.endswith(".weight") and ".c_" in name
-
-
 # ------------------------------------------------------------------------------------------------------------
-# A model's shape, known before its weights are read: hparams.json is OpenAI's, config.json Hugging Face's
-
-SHAPE_FILES = {
-    "hparams.json": ("n_vocab", "n_ctx", "n_head", "n_embd", "n_layer"),
-    "config.json": ("vocab_size", "n_positions", "n_head", "n_embd", "n_layer"),
-}
-
+# Hugging Face's format: config.json and model.safetensors (8 bytes: length N; N bytes of JSON; the tensors)
 
 # What a config.json may say of the architecture without being another one than ours.
 FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True)
 FIXED |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+DTYPES = {"F32": "<f4", "F16": "<f2"}
+
+
+def read_safetensors(path):
+    """{name: array}, mapped from the file. Raises UserError on any damage that it can see: our own exports
+    carry the sha256 of their tensors, other files have no checksum."""
+    try:
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            if start > min(path.stat().st_size, 100_000_000):
+                raise ValueError("its header reaches past the end")
+            header = json.loads(f.read(start - 8))
+            metadata = header.pop("__metadata__", {})
+            if "sha256" in metadata and metadata["sha256"] != hashlib.file_digest(f, "sha256").hexdigest():
+                raise ValueError("its tensors do not have the sha256 that its header gives")
+        dtypes = {name: np.dtype(DTYPES[t["dtype"]]) for name, t in header.items()}
+        tensors = [(*t["data_offsets"], name, dtypes[name], t["shape"]) for name, t in header.items()]
+        return map_tensors(path, tensors, start)
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path}: damaged or of an unknown kind ({e})") from e
+
+
+def read_huggingface_weights(folder):
+    """{our name: array}: without the prefix and the causal masks that some files carry."""
+    arrays = read_safetensors(folder / "model.safetensors")
+    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items()}
+    masks = (".attn.bias", ".attn.masked_bias")
+    return {n: a for n, a in arrays.items() if not n.endswith(masks) and n != "lm_head.weight"}
+
+
+def save_huggingface(model, folder):
+    c, end_of_text = model.config, model.config.vocab_size - 1
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tensors():
+        for name, p in model.named_parameters():
+            p = p.detach().float().cpu()
+            yield name, (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
+
+    header, digest, end = {}, hashlib.sha256(), 0
+    for name, array in tensors():
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+        digest.update(array)
+        end += array.nbytes
+    header["__metadata__"] = {"format": "pt", "sha256": digest.hexdigest()}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        for _, array in tensors():
+            f.write(array)
+
+    if c.vocab_size == data.GPT2:  # Hugging Face's names for OpenAI's two tokenizer files
+        files = data.tokenizer_files()
+        (folder / "vocab.json").write_bytes(files["encoder.json"].read_bytes())
+        (folder / "merges.txt").write_bytes(files["vocab.bpe"].read_bytes())
+        special = {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
+        tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size, **special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    config = FIXED | {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "torch_dtype": "float32",
+        "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
+        "n_layer": c.n_layer, "n_head": c.n_head, "generation": c.generation,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
+        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where the weights are, and a model's shape, which is known before they are read
+
+OPENAI_URLS = [
+    "https://openaipublic.blob.core.windows.net/gpt-2/models/{size}/{file}",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/{size}/{file}",
+]
+HUGGINGFACE_URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/{file}"
+SHAPE_FILES = {
+    "hparams.json": ("n_vocab", "n_ctx", "n_head", "n_embd", "n_layer"),
+    "config.json": ("vocab_size", "n_positions", "n_head", "n_embd", "n_layer"),
+}
+# name: OpenAI's size, layers, width, heads, bytes of index and data; Hugging Face's revision, bytes, sha256
+SIZES = {
+    "gpt2": ("124M", 12, 768, 12, 5_215, 497_759_232, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+             548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": ("355M", 24, 1024, 16, 10_399, 1_419_292_672, "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+                    1_519_984_962, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+    "gpt2-large": ("774M", 36, 1280, 20, 15_535, 3_096_120_320, "32b71b12589c2f8d625668d2335a01cac3249519",
+                   3_247_159_078, "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
+    "gpt2-xl": ("1558M", 48, 1600, 25, 20_724, 6_230_444_800, "15ea56dee5df4983c59b2538573817e1667135e2",
+                None, "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}  # fmt: skip
+SHA256_124M = {  # of the larger sizes none is published, and the exact number of bytes is checked
+    INDEX: "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+    DATA: "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
+}
 
 
 def read_config(name_or_folder):
@@ -433,158 +519,29 @@ def read_config(name_or_folder):
         raise UserError(f"{path}: damaged or not a GPT-2's ({type(e).__name__}: {e})") from e
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hugging Face's format: config.json and model.safetensors (8 bytes: length N; N bytes of JSON; the tensors)
-
-DTYPES = {"F32": "<f4", "F16": "<f2"}
-
-
-def read_safetensors(path):
-    """{name: array}, mapped from the file. Raises UserError on any damage it can see.
-
-    Our own exports carry the sha256 of their tensors, which is checked; other files have no checksum.
-    """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if length > min(size - 8, 100_000_000):
-                raise ValueError("its header reaches past the end")
-            header = json.loads(f.read(length))
-            metadata = header.pop("__metadata__", {})
-            digest = hashlib.file_digest(f, "sha256").hexdigest() if "sha256" in metadata else None
-            if digest != metadata.get("sha256"):
-                raise ValueError("its tensors do not have the sha256 that its header gives")
-        arrays, end = {}, 0
-        for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, stop = t["data_offsets"]
-            dtype, shape = np.dtype(DTYPES[t["dtype"]]), tuple(t["shape"])
-            if any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
-                raise ValueError(f"{name} has an impossible shape or place")
-            if begin != end or stop - begin != dtype.itemsize * math.prod(shape) or 8 + length + stop > size:
-                raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
-            if stop > begin:
-                arrays[name] = np.memmap(path, dtype, "c", 8 + length + begin, shape)
-            end = stop
-        if 8 + length + end != size:
-            raise ValueError("bytes are left over after the last tensor")
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: damaged or of an unknown kind ({e})") from e
-    return arrays
-
-
-def read_huggingface_weights(folder):
-    """{our name: array}: without the prefix and the causal masks that some files carry."""
-    arrays = read_safetensors(folder / "model.safetensors")
-    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items()}
-    masks = (".attn.bias", ".attn.masked_bias")
-    return {n: a for n, a in arrays.items() if not n.endswith(masks) and n != "lm_head.weight"}
-
-
-def save_huggingface(model, folder):
-    c = model.config
-    folder.mkdir(parents=True, exist_ok=True)
-    end_of_text = c.vocab_size - 1
-
-    def tensors():
-        for name, p in model.named_parameters():
-            p = p.detach().float().cpu()
-            yield name, (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
-
-    header, digest, end = {}, hashlib.sha256(), 0
-    for name, array in tensors():
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        digest.update(array)
-        end += array.nbytes
-    header["__metadata__"] = {"format": "pt", "sha256": digest.hexdigest()}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with open(folder / "model.safetensors", "wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        for _, array in tensors():
-            f.write(array)
-
-    if c.vocab_size == data.GPT2:  # Hugging Face's names for OpenAI's two tokenizer files
-        files = data.tokenizer_files()
-        (folder / "vocab.json").write_bytes(files["encoder.json"].read_bytes())
-        (folder / "merges.txt").write_bytes(files["vocab.bpe"].read_bytes())
-        special = {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
-        tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size, **special}
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
-    config = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
-        "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
-        "n_head": c.n_head, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text, "tie_word_embeddings": True,
-        "torch_dtype": "float32", "generation": c.generation,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Where the weights are
-
-OPENAI_URLS = [
-    "https://openaipublic.blob.core.windows.net/gpt-2/models/{size}/{file}",
-    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/{size}/{file}",
-]
-HUGGINGFACE_URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
-
-# name: OpenAI's size, layers, width, heads, bytes of index and data; Hugging Face's revision, bytes, sha256
-SIZES = {
-    "gpt2": ("124M", 12, 768, 12, 5_215, 497_759_232,
-             "607a30d783dfa663caf39e06633721c8d4cfcd7e", 548_105_171,
-             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    "gpt2-medium": ("355M", 24, 1024, 16, 10_399, 1_419_292_672,
-                    "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", 1_519_984_962,
-                    "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
-    "gpt2-large": ("774M", 36, 1280, 20, 15_535, 3_096_120_320,
-                   "32b71b12589c2f8d625668d2335a01cac3249519", 3_247_159_078,
-                   "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
-    "gpt2-xl": ("1558M", 48, 1600, 25, 20_724, 6_230_444_800,
-                "15ea56dee5df4983c59b2538573817e1667135e2", None,
-                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
-}  # fmt: skip
-SHA256 = {  # published for 124M only; of the larger sizes the exact number of bytes is checked
-    ("124M", DATA): "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
-    ("124M", INDEX): "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
-}
-
-
 def fetch_gpt2(name):
     """A folder with the pretrained weights: OpenAI's files, from it or a mirror, or Hugging Face's copy."""
     size, n_layer, n_embd, n_head, index_bytes, data_bytes, revision, hf_bytes, hf_sha256 = SIZES[name]
-    folder, hf_folder = data.cache_dir() / f"gpt2-{size}", data.cache_dir() / f"huggingface-{name}"
-    files = {INDEX: index_bytes, DATA: data_bytes}
-    shape = dict(n_vocab=50257, n_ctx=1024, n_embd=n_embd, n_head=n_head, n_layer=n_layer)
-
-    def from_openai():
-        for file, length in files.items():
-            urls = [url.format(size=size, file=file) for url in OPENAI_URLS]
-            data.fetch(urls, folder / file, length, SHA256.get((size, file)))
-        (folder / "hparams.json").write_text(json.dumps(shape))  # what OpenAI's file of this name says
-        return folder
-
-    def from_huggingface():
-        url = HUGGINGFACE_URL.format(name=name, revision=revision)
-        data.fetch([url], hf_folder / "model.safetensors", hf_bytes, hf_sha256)
-        config = dict(vocab_size=50257, n_positions=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        (hf_folder / "config.json").write_text(json.dumps(config))
-        return hf_folder
-
-    faults = []
-    sources = [from_openai, from_huggingface]
-    if os.path.exists(hf_folder / "model.safetensors") and not os.path.exists(folder / DATA):
+    openai, huggingface = data.cache_dir() / f"gpt2-{size}", data.cache_dir() / f"huggingface-{name}"
+    sha256 = {"model.safetensors": hf_sha256} | (SHA256_124M if name == "gpt2" else {})
+    sources = [
+        (openai, OPENAI_URLS, {INDEX: index_bytes, DATA: data_bytes}, "hparams.json"),
+        (huggingface, [HUGGINGFACE_URL], {"model.safetensors": hf_bytes}, "config.json"),
+    ]
+    if (huggingface / "model.safetensors").exists() and not (openai / DATA).exists():
         sources.reverse()
-    for source in sources:
+    faults = []
+    for folder, urls, files, shape_file in sources:
         try:
-            return source()
+            for file, length in files.items():
+                where = [url.format(name=name, size=size, revision=revision, file=file) for url in urls]
+                data.fetch(where, folder / file, length, sha256.get(file))
+            shape = dict(zip(SHAPE_FILES[shape_file], (50257, 1024, n_head, n_embd, n_layer)))
+            (folder / shape_file).write_text(json.dumps(shape))
+            return folder
         except UserError as e:
             faults.append(str(e))
     raise UserError(
-        f"{'; '.join(faults)}. Without a network, put {', '.join(files)} into {folder} by hand, or "
-        f"model.safetensors into {hf_folder}, or run `python train.py demo`, which needs no download"
+        f"{'; '.join(faults)}. Without a network, put {INDEX}, {DATA} into {openai} by hand, or "
+        f"model.safetensors into {huggingface}, or run `python train.py demo`, which needs no download"
     )

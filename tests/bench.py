@@ -3,6 +3,7 @@
     python tests/bench.py                              every row that this machine can measure
     python tests/bench.py --rows=1,2 --out=out/bench   some of them
     python tests/bench.py --quick                      does the program work? small networks, few rounds
+    python tests/bench.py --profile="demo --seed=1"    where the time of a run of train.py goes
 
 Ours are train.py's own parts, called as train.py calls them; theirs is GPT2LMHeadModel grown and frozen the
 same way, in the plain loop its users write. Weights are random, of GPT-2 124M's shape; where both are timed
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import datetime
 import functools
 import gc
@@ -25,6 +27,7 @@ import multiprocessing
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -100,7 +103,7 @@ def release():
 def work(pipe, settings, build):
     """The process of one variant: build its step when asked, then take as many steps as asked each time."""
     globals().update(settings)
-    torch._dynamo.config.recompile_limit = 64  # like the next, what train.choose_machine sets
+    torch._dynamo.config.recompile_limit = 64  # like the next, what train.py sets
     if DEVICE.type == "cuda":
         torch.set_float32_matmul_precision("high")
     base()  # what all variants copy from does not count as theirs
@@ -170,20 +173,24 @@ def variants(kinds):
     }
 
 
-def show(value, form=".1f"):
-    return "-" if value is None else format(value, form)
+def number(value, form=".1f"):
+    return ev.number(value, form)
+
+
+def markdown(head, rows):
+    return ev.markdown([list(zip(head, row)) for row in rows]) if rows else "nothing was measured"
 
 
 def table(results, baseline, *columns):
     """Markdown of take_turns' results: `columns` are more (head, {name: text}); times is ms over baseline."""
     base = results.get(baseline, {}).get("ms")
-    rows = [
-        [name, show(r["ms"]), show(r["fastest_ms"]), show(base and base / r["ms"], ".2f"), show(r["first_s"])]
-        + [show(r["peak_gb"], ".2f")] + [texts.get(name, "-") for _, texts in columns]
-        for name, r in results.items()
-    ]  # fmt: skip
+    rows = []
+    for name, r in results.items():
+        times = number(base and base / r["ms"], ".2f")
+        rows.append([name, number(r["ms"]), number(r["fastest_ms"]), times, number(r["first_s"])])
+        rows[-1] += [number(r["peak_gb"], ".2f"), *(texts.get(name, "-") for _, texts in columns)]
     head = ["variant", "ms a step", "fastest", f"times {baseline}", "first step, s", "peak, GB"]
-    return ev.markdown([*head, *(head for head, _ in columns)], rows)
+    return markdown([*head, *(head for head, _ in columns)], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,7 +214,8 @@ def random_tokens():
 def random_batches(o):
     """A function that returns the next step's micro-batches, made as train.py makes them."""
     counter = itertools.count()
-    return lambda: train.micro_batches(o, {"train": random_tokens()}, None, None, next(counter), DEVICE)
+    texts = {"learn": {"train": random_tokens()}, "retain": None}
+    return lambda: train.micro_batches(o, texts, None, next(counter), DEVICE)
 
 
 @functools.cache
@@ -216,13 +224,15 @@ def base():
     return GPT(SHAPE)
 
 
+@functools.cache
 def placements(layers):
     """Where train.py's default puts the blocks that make the base `layers` deep."""
-    generation = list(SHAPE.generation)
-    while len(generation) < layers:
-        at = grow.placement("upper", generation, GROWTHS)
-        generation.insert(at, max(generation) + 1)
-        yield at
+    with torch.device("meta"):
+        model, places = GPT(dataclasses.replace(SHAPE)), []
+    for growth in range(layers - SHAPE.n_layer):
+        places.append(grow.placement("upper", model, growth, GROWTHS))
+        grow.insert_block(model, places[-1])
+    return places
 
 
 def grown(layers):
@@ -236,16 +246,17 @@ def grown(layers):
 
 def our_loop(o, model, objective, previous=None):
     """One step of train.py's loop. `previous`: the optimizer before a growth."""
-    train.keep_freed_memory()
-    optimizer, batches = train.make_optimizer(model, o, previous), random_batches(o)
+    ev.keep_freed_memory()
+    optimizer, batches = grow.make_optimizer(model, o.lr, o.weight_decay, previous), random_batches(o)
 
     def step():
         losses = torch.zeros(2, device=DEVICE)
         for x, y in batches():
             with autocast(o):
-                parts = objective(x, y) / o.grad_accum
-            losses += parts[1:].detach()
-            parts[0].backward()
+                nll, kd = objective(x, y)
+            loss = (nll + o.kd_weight * kd) / o.grad_accum
+            losses += torch.stack([nll, kd]).detach() / o.grad_accum
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -255,14 +266,17 @@ def our_loop(o, model, objective, previous=None):
 
 
 def ours(o, layers, compiled=False, distil=None, cast=False):
-    model, shared = grown(layers), distil == "shared"
-    separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False) if distil == "separate" else None
+    model, teacher = grown(layers), None
+    if distil == "shared":
+        teacher = grow.original(model)
+    if distil == "separate":
+        teacher = copy.deepcopy(base()).to(DEVICE).requires_grad_(False)
     for p in model.parameters():
         if cast and p.dim() == 2 and not p.requires_grad:
             p.data = p.data.to(getattr(torch, o.dtype))  # for the timing only: embeddings too
-    objective = grow.Objective(model, grow.original(model) if shared else separate, shared, 1.0, 2.0)
+    objective = grow.Objective(model, teacher, o.kd_temperature)
     if compiled:
-        train.compile_parts(objective)
+        grow.compile_objective(objective)
     return our_loop(o, model, objective)
 
 
@@ -316,7 +330,7 @@ def theirs(o, layers, compiled=False):
 
 def theirs_keeping(*args, **more):
     """With the memory setting that ours runs under: what of the difference is that?"""
-    train.keep_freed_memory()
+    ev.keep_freed_memory()
     return theirs(*args, **more)
 
 
@@ -351,16 +365,17 @@ def side_by_side(results):
     rows = []
     for name, r in results.items():
         found = [r.get(kind, {}) for kind in kinds]
-        times = [show(found[0] and x and found[0]["ms"] / x["ms"], ".2f") for x in (found[1], found[4])]
-        memory = " / ".join(show(x.get("peak_gb"), ".1f") for x in (found[0], found[1], found[4]))
-        rows.append([name, *(show(x.get("ms"), ".0f") for x in found), *times, memory])
+        both = [found[0] and x for x in (found[1], found[4])]  # {} where one of the two could not run
+        times = [number(found[0]["ms"] / x["ms"] if x else None, ".2f") for x in both]
+        memory = " / ".join(number(x.get("peak_gb"), ".1f") for x in (found[0], found[1], found[4]))
+        rows.append([name, *(number(x.get("ms"), ".0f") for x in found), *times, memory])
     head = ["step", *kinds, "times: ours", "ours, compiled", "GB: transformers / ours / ours, compiled"]
-    return ev.markdown(head, rows)
+    return markdown(head, rows)
 
 
 def head_step(o, rows, trains, T, compiled):
     """Final norm, head and loss, forward and backward; of the head's `rows` only the vocabulary counts."""
-    train.keep_freed_memory()
+    ev.keep_freed_memory()
     norm, tokens, V = torch.nn.LayerNorm(SHAPE.n_embd).to(DEVICE), ARGS.batch_size * T, SHAPE.vocab_size
     weight = torch.nn.Parameter(torch.randn(rows, SHAPE.n_embd, device=DEVICE) * 0.02, trains)
     norm.requires_grad_(trains)
@@ -408,16 +423,16 @@ def replayed(o, compiled):
     model = grown(SHAPE.n_layer + GROWTHS)
     objective = grow.Objective(model)
     if compiled:
-        train.compile_parts(objective)
-    optimizer, batches = train.make_optimizer(model, o), random_batches(o)
+        grow.compile_objective(objective)
+    optimizer, batches = grow.make_optimizer(model, o.lr, o.weight_decay), random_batches(o)
     for group in optimizer.param_groups:
         group["capturable"] = True
     ((x, y),) = batches()  # where every replay finds its batch
 
     def whole_step():
         with autocast(o):
-            losses = objective(x, y)
-        losses[0].backward()
+            loss, _ = objective(x, y)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -461,9 +476,9 @@ def row_1d(dtypes):
 
 def products(o, layers):
     """The matrix products of a step's linear layers and head, one after the other, and nothing else."""
-    train.keep_freed_memory()
+    ev.keep_freed_memory()
     C, tokens, dtype = SHAPE.n_embd, o.batch_size * o.block_size, getattr(torch, o.dtype)
-    block, pairs, inserted = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)], [], list(placements(layers))
+    block, pairs, inserted = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)], [], [*placements(layers)]
     for i, at in enumerate(inserted):  # where the blocks are in the end
         inserted[:i] = [j + (j >= at) for j in inserted[:i]]
     everything, lowest = not inserted, min(inserted, default=0)
@@ -498,8 +513,8 @@ def row_1e(dtypes):
         names = {f"{dtype}, {layers} blocks": layers for layers in depths}
         results |= take_turns({k: functools.partial(products, options(dtype), n) for k, n in names.items()})
     for name, r in results.items():
-        rows.append([name, show(r["ms"], ".0f"), show(r["fastest_ms"], ".0f")])
-    return ev.markdown(["products of", "ms (median)", "fastest"], rows), results
+        rows.append([name, number(r["ms"], ".0f"), number(r["fastest_ms"], ".0f")])
+    return markdown(["products of", "ms (median)", "fastest"], rows), results
 
 
 def growth_pauses(o, how):
@@ -508,14 +523,14 @@ def growth_pauses(o, how):
     model, results = copy.deepcopy(base()).to(DEVICE), []
     objective = grow.Objective(model)
     if how == "per block":
-        train.compile_parts(objective)
+        grow.compile_objective(objective)
     else:
         objective.compile(dynamic=False)
     step = our_loop(o, model, objective)
     for event in range(GROWTHS + 1):
         began = time.perf_counter()
         if event:  # what train.py does in between, but for evaluations, the identity check and the FLOP count
-            block = grow.insert_block(model, grow.placement("upper", model.config.generation, GROWTHS))
+            block = grow.insert_block(model, grow.placement("upper", model, event - 1, GROWTHS))
             if how == "per block":
                 block.compile(dynamic=False)
             grow.freeze(model, "base")
@@ -542,7 +557,7 @@ def row_2(dtypes):
             what = f"{how}, {f'growth {event}' if event else 'start'}"
             rows.append([what, SHAPE.n_layer + event, *times, f"{r['first_s'] / r['median_s']:.1f}"])
     head = ["event", "layers", "growing, ms", "first step, s", "median step, ms", "first / median"]
-    return f"{dtypes[-1]}\n\n" + ev.markdown(head, rows), results
+    return f"{dtypes[-1]}\n\n" + markdown(head, rows), results
 
 
 def row_3(dtypes):
@@ -557,7 +572,7 @@ def row_3(dtypes):
     for name, r in results.items():
         none = results.get("none, compiled" if "compiled" in name else "none")
         r["over_none"] = none and r["ms"] / none["ms"]
-    cost = {name: show(r["over_none"], ".2f") for name, r in results.items()}
+    cost = {name: number(r["over_none"], ".2f") for name, r in results.items()}
     return f"{text}\n\n{table(results, 'separate', ('of a step without', cost))}", results
 
 
@@ -586,7 +601,7 @@ def row_4(dtypes):
                 break
     head = ["variant", "batch", "ms a step", "tokens/s", "MFU", "peak, GB", "first step, s"]
     text += (
-        f"\n\n{ev.markdown(head, rows)}\n\nPublished, tokens/s a GPU: nanoGPT A100 107k (29%), build-nanogpt "
+        f"\n\n{markdown(head, rows)}\n\nPublished, tokens/s a GPU: nanoGPT A100 107k (29%), build-nanogpt "
     )
     text += "A100 182k (50%), llm.c A100 231k (63%) and H100 468k (40%)."
     return text, {"peak": peak, **results}
@@ -636,9 +651,9 @@ def row_5(dtypes):
         r |= {"spread_s": max(read) - min(read), "peak_gb": statistics.median(peaks) if peaks[0] else None}
         results[f"{who}, {what} folder"] = r
         times = [f"{r[key]:.3f}" for key in ("seconds", "read_s", "spread_s")]
-        rows.append([f"{who}, {what} folder", *times, show(r["peak_gb"], ".2f")])
+        rows.append([f"{who}, {what} folder", *times, number(r["peak_gb"], ".2f")])
     head = ["loader and format", "loaded, s", "and read, s", "max - min", "peak memory added, GB"]
-    return ev.markdown(head, rows), results
+    return markdown(head, rows), results
 
 
 def row_6(dtypes):
@@ -682,7 +697,43 @@ def row_6(dtypes):
     tests = {name: splits["test"] for name, splits in log["header"]["tokens"].items()}
     said = f"{before} -> {r['layers']} layers at steps {grew}, {r['tokens']:,} tokens, tests of {tests}; "
     said += "; ".join(log["header"]["machine"]) + "\n\n"
-    return said + ev.markdown(["part", "seconds"], [[k, f"{v:.1f}"] for k, v in parts.items()]), parts
+    return said + markdown(["part", "seconds"], [[k, f"{v:.1f}"] for k, v in parts.items()]), parts
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where the time of a run goes
+
+
+def profile(words, out):
+    """`python train.py WORDS`, with a trace of its steps 5 to 14 and a table of the five largest kernels.
+
+    (Where the demo's base is not there yet, these are steps of its training.)"""
+    if train.parse(words).max_steps < 16:
+        sys.exit("--profile traces steps 5 to 14: give the run 16 --max_steps or more")
+    micro_batches = train.micro_batches
+
+    def write(profiler):
+        out.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(f"{out}/trace.json")
+        cuda = torch.cuda.is_available()  # kernels are events of the device, and what launched them is not
+        events = [e for e in profiler.key_averages() if (e.device_type.name == "CUDA") == cuda]
+        events = [e for e in events if not e.is_user_annotation and not e.key.startswith("ProfilerStep")]
+        ms = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000 for e in events}
+        largest = sorted(ms, key=ms.get, reverse=True)[:5]
+        rows = [[key, f"{ms[key]:.1f}", f"{ms[key] / sum(ms.values()):.1%}"] for key in largest]
+        print(markdown(["kernel", "ms in ten steps", "share"], rows))
+        print(f"ten steps traced: open {out}/trace.json in chrome://tracing or ui.perfetto.dev", flush=True)
+
+    # Five: the set-up and steps 0 to 3. A step begins where its batches are made.
+    ten = torch.profiler.schedule(wait=5, warmup=1, active=10, repeat=1)
+    with torch.profiler.profile(schedule=ten, on_trace_ready=write) as profiler:
+
+        def next_step(*args):
+            profiler.step()
+            return micro_batches(*args)
+
+        train.micro_batches = next_step
+        train.main(words)
 
 
 ROWS = {"1": row_1, "1b": row_1b, "1c": row_1c, "1d": row_1d, "1e": row_1e}
@@ -711,12 +762,16 @@ def main():
     p.add_argument("--dtypes", default="", help="empty: float32 and what is native on a CPU, else bfloat16")
     p.add_argument("--rounds", type=int, default=0, help="0: 5 on a CPU, 10 on CUDA")
     p.add_argument("--out", default="out/bench", help="folder for bench.md and bench.json")
+    p.add_argument("--profile", metavar="WORDS", help="trace ten steps of `python train.py WORDS` instead")
     ARGS = p.parse_args()
+    if ARGS.profile is not None:
+        return profile(shlex.split(ARGS.profile), Path(ARGS.out))
     unknown = set(ARGS.rows.split(",")) - set(ROWS)
     if unknown:
         p.error(f"no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
-    DEVICE, dtype, _, _ = train.choose_machine(train.Options(device=ARGS.device, compile="0"))
-    *_, ARGS.can_compile, reasons = train.choose_machine(train.Options(device=ARGS.device, compile="1"))
+    DEVICE, dtype, reasons = ev.choose_machine(ARGS.device)
+    ARGS.can_compile, why = grow.choose_compile("1", DEVICE)
+    reasons.append(f"compile {int(ARGS.can_compile)}: {why}")
     ARGS.rounds = ARGS.rounds or (2 if ARGS.quick else 10 if DEVICE.type == "cuda" else 5)
     ARGS.batch_size, ARGS.block_size = 8, 128
     if ARGS.quick:

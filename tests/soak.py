@@ -15,6 +15,7 @@ import conftest  # noqa: F401  (puts the repository on the path)
 import test_train
 
 import eval as ev
+import train
 
 
 def main():
@@ -28,15 +29,17 @@ def main():
     lines = (random.Random(i).choices(words, k=9) for i in range(900))
     text.write_text("\n".join(" ".join(line) for line in lines))
     variants = {
-        "schedule, frozen base, distillation": dict(first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2),
+        "schedule, frozen base, distillation": dict(
+            grow_every=a.kills * 4, first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2,
+        ),
         "plateau, nothing frozen, EWC, replay": dict(
             trigger="plateau", patience=2, min_delta=0.5, freeze="none", ewc_lambda=10.0, ewc_batches=2,
-            replay=0.5,
+            replay=0.5, grow_every=train.Options.grow_every,  # the default, so that it is not typed
         ),
     }  # fmt: skip
     survived = 0
     for number, (name, more) in enumerate(variants.items()):
-        more |= dict(max_steps=a.kills * 24, grow_every=a.kills * 4, save_every=1, log_every=2)
+        more |= dict(retain="docs", max_steps=a.kills * 24, save_every=1, log_every=2)
         whole = test_train.options(str(text), folder / f"whole{number}", **more)
         subprocess.run(test_train.command(whole), check=True, capture_output=True)
         o = dataclasses.replace(whole, out=str(folder / f"killed{number}"))

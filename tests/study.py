@@ -4,7 +4,8 @@
     python tests/study.py --out=out/study --workers=2 --seeds=0,1,2
     python eval.py out/study/*-seed0 --plot=frontier.png
 
-Every arm is `python train.py demo OPTIONS --seed=S`, and starts from the same pretrained network.
+Every arm is `python train.py demo OPTIONS --seed=S`, and starts from the same pretrained network: the demo's
+base, trained once into out/pretrained of the folder that this runs in.
 """
 
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import eval as ev  # noqa: E402
+import train  # noqa: E402
 
 ZERO = "--first_growth=0 --grow_every=1"  # both blocks before the second step: the originals never train
 ARMS = {
@@ -46,17 +48,30 @@ def folder(out, arm, seed):
     return out / f"{name.replace('--', '-')}-seed{seed}"
 
 
+def launch(words, log):
+    """Run train.py with these words on one thread; return the exit status."""
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [sys.executable, str(ROOT / "train.py"), *words, "--resume=auto"]
+    with open(log, "a") as file:
+        return subprocess.run(command, stdout=file, stderr=file, env=env).returncode
+
+
+def pretrain(out):
+    """The network that all arms start from, before several of them want it at once."""
+    if Path(train.PRETRAINED, "model").exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if status := launch(["pretrain"], out / "pretrain.txt"):
+        sys.exit(f"pretraining: exit status {status}, see {out}/pretrain.txt")
+
+
 def run(out, arm, seed):
-    """Run one arm with one seed on one thread, or go on with it; return the exit status."""
+    """Run one arm with one seed, or go on with it; return the exit status."""
     path = folder(out, arm, seed)
     if (path / "model").exists():
         return 0
     path.mkdir(parents=True, exist_ok=True)
-    options = [*shlex.split(ARMS[arm]), f"--seed={seed}", f"--out={path}", "--resume=auto"]
-    with open(path / "stdout.txt", "a") as log:
-        env = dict(os.environ, OMP_NUM_THREADS="1")
-        command = [sys.executable, str(ROOT / "train.py"), "demo", *options]
-        return subprocess.run(command, stdout=log, stderr=log, env=env).returncode
+    return launch(["demo", *shlex.split(ARMS[arm]), f"--seed={seed}", f"--out={path}"], path / "stdout.txt")
 
 
 def retained_at(evals, target):
@@ -84,14 +99,14 @@ def table(out, seeds, target):
         at = [retained_at(run["eval"], target) for run in runs]
         start = runs[0]["eval"][0]["retain"]
         rows.append([
-            arm, f"`{options}`", len(runs), spread([x["learn"]["grown"] for x in r]),
-            spread([ev.forgetting(x) for x in r]),
-            spread([x["retain"]["kl"] for x in r]),
-            spread([None if a is None else a - start for a in at]), f"{r[0]['trainable'] / 1e6:.2f}M",
+            ("arm", arm), ("options", f"`{options}`"), ("runs", len(runs)),
+            ("learn, test loss", spread([x["learn"]["grown"] for x in r])),
+            ("forgetting", spread([ev.forgetting(x) for x in r])),
+            ("KL", spread([x["retain"]["kl"] for x in r])),
+            (f"forgetting at learn = {target}", spread([None if a is None else a - start for a in at])),
+            ("trainable", f"{r[0]['trainable'] / 1e6:.2f}M"),
         ])  # fmt: skip
-    head = ["arm", "options", "runs", "learn, test loss", "forgetting", "KL",
-            f"forgetting at learn = {target}", "trainable"]  # fmt: skip
-    return ev.markdown(head, rows)
+    return ev.markdown(rows) if rows else "no finished run"
 
 
 def main():
@@ -104,7 +119,7 @@ def main():
     a = parser.parse_args()
     jobs = [] if a.table else [(arm, seed) for seed in a.seeds for arm in ARMS]
     if jobs:
-        run(a.out, *jobs[0])  # alone: it pretrains the network that all others start from
+        pretrain(a.out)
     with ThreadPoolExecutor(a.workers) as pool:
         for job, status in zip(jobs, pool.map(lambda job: run(a.out, *job), jobs)):
             if status:

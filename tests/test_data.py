@@ -181,13 +181,12 @@ def test_folder_named_like_a_text_is_no_text(tmp_path):
     assert "".join(data.own_text(tmp_path).values()) == "a\n"
 
 
-def test_invalid_utf8_is_refused_or_replaced(tmp_path):
-    """Bytes that are no UTF-8 are named with file and offset, and read as U+FFFD on request only."""
+def test_invalid_utf8_is_refused(tmp_path):
+    """Bytes that are no UTF-8 are named with file and offset."""
     path = tmp_path / "latin1.txt"
     path.write_bytes(b"caf\xe9\n" * 3)
-    with pytest.raises(data.UserError, match=r"latin1\.txt is not UTF-8 at byte 3.*--bad_utf8=replace"):
+    with pytest.raises(data.UserError, match=r"latin1\.txt is not UTF-8 at byte 3"):
         data.own_text(path)
-    assert "".join(data.own_text(path, "replace").values()) == "caf\N{REPLACEMENT CHARACTER}\n" * 3
 
 
 def test_carriage_returns_and_byte_order_marks_stay(tmp_path):
@@ -393,10 +392,10 @@ def test_last_window_needs_its_last_target():
 def test_ranks_together_see_the_batch_of_one(world, extra):
     """The rows of N ranks concatenated are the one-rank batch, in every micro-step, old text included."""
     o = train.Options(batch_size=8, grad_accum=2, block_size=T, seed=3, **extra)
-    learn, old = {"train": TOKENS}, {"train": TOKENS + 2000}
+    texts = {"learn": {"train": TOKENS}, "retain": {"train": TOKENS + 2000}}
 
     def batches(step, rank, world):
-        return train.micro_batches(o, learn, old, None, step, torch.device("cpu"), rank, world)
+        return train.micro_batches(o, texts, None, step, torch.device("cpu"), rank, world)
 
     for step in (0, 7):
         one = batches(step, 0, 1)

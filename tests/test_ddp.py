@@ -1,7 +1,7 @@
 """Several processes: the same run as one process, to float32 rounding, and bitwise the same on every rank."""
 
-import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, old_text, write_words
+from conftest import ROOT, write_words
 
 import data
 import eval as ev
@@ -21,25 +21,27 @@ import train
 from model import GPT, GPTConfig
 
 TINY = dict(
-    init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=32, block_size=32, batch_size=4, lr=1e-3,
-    max_steps=16, grow_every=5, max_growths=2, eval_every=2, eval_windows=10, test_windows=6, log_every=1,
-    save_every=8, device="cpu", dtype="float32", compile="0",
+    init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=32, retain="docs", block_size=32,
+    batch_size=4, lr=1e-3, max_steps=16, max_growths=2, eval_every=2, eval_windows=10, test_windows=6,
+    log_every=1, save_every=8, device="cpu", dtype="float32", compile="0",
 )  # fmt: skip
+SCHEDULE = dict(grow_every=5)
 # A loss that must fall by 1e9 never does, so the plateau's growths come after `patience` steps.
 RUNS = {
-    "schedule": dict(grad_accum=2),
+    "schedule": dict(**SCHEDULE, grad_accum=2),
     "plateau": dict(trigger="plateau", patience=4, min_delta=1e9, freeze="older"),
-    "keeping": dict(freeze="none", replay=0.25, kd_weight=1.0, kd_on="retain", kd_rows=2, ewc_lambda=10.0),
-    "shared": dict(first_growth=0, kd_weight=1.0, eval_windows=7),
-    "compiled": dict(compile="1", grad_accum=2),  # what is run on GPUs
+    "keeping": dict(
+        **SCHEDULE, freeze="none", replay=0.25, kd_weight=1.0, kd_on="retain", kd_rows=2, ewc_lambda=10.0
+    ),
+    "shared": dict(**SCHEDULE, first_growth=0, kd_weight=1.0, eval_windows=7),
+    "compiled": dict(**SCHEDULE, compile="1", grad_accum=2),  # what is run on GPUs
 }
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")
 EVALUATIONS = [(7, "token"), (9, "window"), (1, "token"), (0, "token")]  # windows, average; 0: all of them
 
 
-def options(folder, text, out, **more):
-    texts = {"dataset": text, "retain": old_text(text), "out": f"{folder}/{out}"}
-    return train.Options(**{**TINY, **texts, **more})
+def words(folder, text, out, **more):
+    return [f"--{k}={v}" for k, v in {**TINY, "dataset": text, "out": f"{folder}/{out}", **more}.items()]
 
 
 def network_and_tokens():
@@ -51,33 +53,42 @@ def network_and_tokens():
 def worker(rank, folder, text):
     """What each of the two processes does: all runs, one after the other, noting its weights as it goes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    os.environ.update(
+        WORLD_SIZE="2", RANK=str(rank)
+    )  # as torchrun does; but they meet in a file, not at a port
+    meet, meetings = dist.init_process_group, itertools.count()
+
+    def meet_in_a_file(backend):
+        meet(backend, f"file://{folder}/meeting{next(meetings)}", rank=rank, world_size=2)
+
+    dist.init_process_group = meet_in_a_file
+    dist.init_process_group("gloo")
     net, tokens = network_and_tokens()
     seen = {"evaluations": [ev.evaluate(net, tokens, 32, 2, *case) for case in EVALUATIONS]}
+    dist.destroy_process_group()
     evaluate = ev.evaluate
 
     def noting(model, *args):  # every rank evaluates: there it writes down its weights, and how many train
         digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         notes.append([len(model.h), trains, digest.hexdigest()])
-        # Two domains at steps 0, 2 and 4, and before and after the growth at 5: the 11th is at step 6.
-        if name == "stopped" and rank == 1 and len(notes) == 11:
+        # Two texts at steps 0, 2 and 4, and before and after the growth at 5: the 10th is the last before 6.
+        if name == "stopped" and rank == 1 and len(notes) == 10:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, *args)
 
     ev.evaluate = noting
-    for name, more in {**RUNS, "stopped": {}, "continued": {"resume": "yes"}}.items():
+    for name, more in {**RUNS, "stopped": SCHEDULE, "continued": {**SCHEDULE, "resume": "yes"}}.items():
         notes = seen[name] = []
         try:
-            train.train(options(folder, text, name, **more))
+            train.main(words(folder, text, name, **more))
         except SystemExit as e:
             seen["status"] = e.code
     try:  # each on a disk of its own, of which one has a checkpoint
-        train.train(options(folder, text, ("stopped", "nowhere")[rank], resume="auto"))
+        train.main(words(folder, text, ("stopped", "nowhere")[rank], **SCHEDULE, resume="auto"))
     except data.UserError as e:
         seen["apart"] = str(e)
     Path(f"{folder}/rank{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,8 +106,9 @@ def runs(tmp_path_factory):
     """A folder with every run by one process (ONE) and by two, and what the two ranks saw."""
     folder = tmp_path_factory.mktemp("ddp")
     text = write_words(folder)
-    for name, more in {**RUNS, "plain": {}, "continued": {"max_steps": 8}}.items():
-        train.train(options(folder, text, name if name == "continued" else f"{name}-one", **more))
+    for name, more in {**RUNS, "plain": SCHEDULE}.items():
+        train.main(words(folder, text, f"{name}-one", **more))
+    train.main(words(folder, text, "continued", **SCHEDULE | {"max_steps": 8}))
     torch.multiprocessing.spawn(worker, (str(folder), text), nprocs=2)
     seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return folder, text, seen
@@ -111,17 +123,18 @@ def assert_close(one, two):
             for key in x.keys() - {"ms"}:
                 close = pytest.approx(y[key], rel=1e-5, abs=1e-6) if type(y[key]) is float else y[key]
                 assert x[key] == close, (kind, x["step"], key)
-    for key in ("base", "grown", "kl"):
-        assert a["result"]["learn"][key] == pytest.approx(b["result"]["learn"][key], rel=1e-5, abs=1e-6)
+    for text, key in itertools.product(("learn", "retain"), ("base", "grown", "kl")):
+        expected = pytest.approx(b["result"][text][key], rel=1e-5, abs=1e-6)
+        assert a["result"][text][key] == expected, (text, key)
+    assert a["result"]["best"] == pytest.approx(b["result"]["best"], rel=1e-5)
     assert a["result"]["flops"] == b["result"]["flops"]
-    for name in ("ckpt.pt", "best.pt"):
-        a, b = (train.load_checkpoint(Path(folder) / name)["model"] for folder in (one, two))
-        assert a.keys() == b.keys() and not any("module." in key for key in b)
-        for key, p in a.items():
-            q = b[key]
-            if key.endswith("c_attn.bias"):  # softmax does not see the bias of the keys: its gradient is
-                p, q = (torch.cat(t.chunk(3)[::2]) for t in (p, q))  # rounding, which AdamW blows up
-            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    a, b = (data.load_checkpoint(Path(folder) / "ckpt.pt")["model"] for folder in (one, two))
+    assert a.keys() == b.keys() and not any("module." in key for key in b)
+    for key, p in a.items():
+        q = b[key]
+        if key.endswith("c_attn.bias"):  # softmax does not see the bias of the keys: its gradient is
+            p, q = (torch.cat(t.chunk(3)[::2]) for t in (p, q))  # rounding, which AdamW blows up
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -155,8 +168,8 @@ def test_signal_to_one_rank_stops_all_and_one_process_goes_on(runs, capsys):
     """A scheduler may signal one process only: all must save the same step, and fewer may continue."""
     folder, text, (first, second) = runs
     assert first["status"] == second["status"] == 128 + signal.SIGTERM
-    assert train.load_checkpoint(folder / "stopped/ckpt.pt")["step"] == 6
-    train.train(options(folder, text, "stopped", resume="yes"))
+    assert data.load_checkpoint(folder / "stopped/ckpt.pt")["step"] == 6
+    train.main(words(folder, text, "stopped", **SCHEDULE, resume="yes"))
     assert "resumed at step 6 with 3 layers" in capsys.readouterr().out
     assert_close(folder / "plain-one", folder / "stopped")
 
@@ -182,25 +195,26 @@ def test_torchrun(runs, tmp_path, device):
     growth might not be bitwise the identity. (It is torch that makes the folders, where it looks for them.)
     """
     folder, text, _ = runs
-    o = options(tmp_path, text, "run", device=device, cache_dir=str(tmp_path))
+    argv = words(tmp_path, text, "run", **SCHEDULE, device=device, cache_dir=tmp_path)
     # torch itself sets this, in this process, once it has compiled
     environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
-    changed = {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if getattr(o, f.name) != f.default}
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in changed.items())],
+         str(ROOT / "train.py"), *argv],
         capture_output=True, text=True, timeout=120, cwd=tmp_path,
         env={**environment, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("grew 2 -> 3 layers") == run.stdout.count("Summary of") == 1
-    assert ev.read_run(o.out)["header"]["processes"] == 2
+    assert ev.read_run(tmp_path / "run")["header"]["processes"] == 2
     if device == "cpu":
-        assert_close(folder / "plain-one", o.out)
+        assert_close(folder / "plain-one", tmp_path / "run")
     assert (tmp_path / "kernels-0").is_dir() and (tmp_path / "kernels-1").is_dir()
 
 
-def test_rows_that_do_not_divide_are_refused():
+def test_rows_that_do_not_divide_are_refused(text, tmp_path, monkeypatch):
     """Ranks with different numbers of rows would weigh them differently in the mean."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "TORCHINDUCTOR_CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(data.UsageError, match="multiple of the 2 processes"):
-        train.check(train.Options(**{**TINY, "batch_size": 3, "dataset": __file__, "retain": "none"}), 2)
+        train.main(words(tmp_path, text, "run", **SCHEDULE, batch_size=3))

@@ -153,20 +153,6 @@ def test_block_use_counts_only_tokens_that_predict_one():
     assert use == pytest.approx([np.mean(r) for r in ratios], rel=1e-5) and use[1] == 0
 
 
-def test_flops_are_the_matrix_products():
-    """Two operations per multiply-add: forward once; backward for inputs, and for weights that train."""
-    B, T, C, V, L = 2, 8, 16, 23, 3
-    net = GPT(GPTConfig(V, T, 2, C, (0,) * L))
-    objective = grow.Objective(net)
-    x, y = torch.randint(V, (B, T)), torch.randint(V, (B, T))
-    block, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V
-    assert train.count_flops(objective, x, y) == 3 * B * (L * (block + attention) + head)
-    grow.insert_block(net, L)
-    grow.freeze(net, "base")
-    # below the grown block nothing is differentiated; the head passes a gradient to its input only
-    assert train.count_flops(objective, x, y) == B * ((L + 3) * (block + attention) + 2 * head)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
@@ -195,11 +181,12 @@ def test_a_run_without_old_text_has_tables_too(run, tmp_path):
     r["result"]["retain"] = dict.fromkeys(r["result"]["retain"]) | {"dataset": "none"}
     assert "| -" in ev.results_table([r]) or " - |" in ev.results_table([r])
     assert "nothing about forgetting" in ev.model_card(r)
-    assert ev.plot([r], tmp_path / "plot.png").stat().st_size > 10_000
+    ev.plot([r], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_plot_needs_matplotlib_and_says_so(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(data.UserError, match="pip install matplotlib"):
         ev.main([str(run), f"--plot={tmp_path / 'plot.png'}"])
 
@@ -249,4 +236,4 @@ def test_lambada_counts_whole_last_words(monkeypatch):
         idx = torch.tensor([list((context + word).encode())])
         log_p = net(idx)[0].log_softmax(-1)[0]
         nats -= sum(log_p[i - 1, idx[0, i]].item() for i in range(len(context), idx.size(1)))
-    assert ev.lambada(net, 2)["perplexity"] == pytest.approx(math.exp(nats / 3), rel=1e-4)
+    assert ev.lambada(net)["perplexity"] == pytest.approx(math.exp(nats / 3), rel=1e-4)

@@ -401,7 +401,7 @@ def test_tokenizer_with_files_put_by_hand(tmp_path, monkeypatch):
 def test_unwritable_cache_folder_is_a_sentence(tmp_path, monkeypatch):
     """--cache_dir under a file cannot be made: the message must name it and the option."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(data, "_cache", tmp_path / "file" / "cache")
+    monkeypatch.setenv("GROWING_GPT_CACHE", str(tmp_path / "file" / "cache"))
     data.cache_dir.cache_clear()
     with pytest.raises(data.UserError, match="file/cache.*--cache_dir"):
         data.cache_dir()

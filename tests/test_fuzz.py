@@ -3,6 +3,7 @@ that names the file, or in exactly what the good file holds. `pytest -s tests/te
 """
 
 import contextlib
+import io
 import shutil
 import signal
 import warnings
@@ -16,7 +17,6 @@ from conftest import FIXTURES
 
 import data
 import model
-import train
 
 with contextlib.suppress(ImportError):  # Windows
     import resource
@@ -153,7 +153,7 @@ def test_openai_index(tmp_path):
 
 def sign(index):
     """Make the checksum of a small index's data block right: the metaindex block follows its trailer."""
-    end = model.handle(index[-48:], 0)[0][0] - 5
+    end = model.varint(io.BytesIO(index[-48:])) - 5
     c = model.crc32c(index[: end + 1])
     crc = ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF
     return index[: end + 1] + crc.to_bytes(4, "little") + index[end + 5 :]
@@ -166,7 +166,7 @@ def test_openai_index_with_valid_checksums(tmp_path):
     def mutate_and_sign(rng, good):
         bad = bytearray(good)
         size = int(rng.choice([1, 8]))
-        at = int(rng.integers(model.handle(good[-48:], 0)[0][0] - 5 - size))
+        at = int(rng.integers(model.varint(io.BytesIO(good[-48:])) - 5 - size))
         bad[at : at + size] = rng.bytes(size)
         return sign(bytes(bad))
 
@@ -289,14 +289,15 @@ def test_config(tmp_path, mutation):
 def test_bin(tmp_path):
     """A damaged token file must be refused (it is then made again), never trained on."""
     path, source = tmp_path / "text-train-bytes.bin", "a" * 64
-    data.write_bin(path, np.random.default_rng(0).integers(0, 257, 3000).astype(np.uint16), source, "bytes")
+    ids = np.random.default_rng(0).integers(0, 257, 3000).astype(np.uint16)
+    path.write_bytes(data.token_file(ids.tobytes(), source, "bytes"))
     fuzz(path, lambda: np.array(data.read_bin(path, source, "bytes")), 5000, 8)
 
 
 def test_bin_header(tmp_path):
     """The header of a token file is JSON, too: whatever it says, the tokens are right or refused."""
     path, source = tmp_path / "text-train-bytes.bin", "a" * 64
-    data.write_bin(path, np.arange(500, dtype=np.uint16), source, "bytes")
+    path.write_bytes(data.token_file(np.arange(500, dtype=np.uint16).tobytes(), source, "bytes"))
 
     def mutate_header(rng, good):
         return mutate_json(rng, good[:512].rstrip()).ljust(512) + good[512:]
@@ -308,14 +309,14 @@ def save_checkpoint(path, moments):
     torch.manual_seed(0)
     state = {"step": 3, "best": float("inf"), "options": {"lr": 5e-5, "out": "out/x"}, "generation": (0, 1)}
     moments = [{"step": torch.tensor(3.0), "exp_avg": torch.randn(5, 4)} for _ in range(moments)]
-    train.save_atomically(path, state | {"model": {"wte.weight": torch.randn(7, 4)}, "optimizer": moments})
+    data.save_checkpoint(path, state | {"model": {"wte.weight": torch.randn(7, 4)}, "optimizer": moments})
     return path
 
 
 def test_checkpoint(tmp_path):
     """A damaged ckpt.pt must be refused by name: a wrong moment or weight would show nowhere."""
     path = save_checkpoint(tmp_path / "ckpt.pt", 3)
-    fuzz(path, lambda: train.load_checkpoint(path), 3000, 10)
+    fuzz(path, lambda: data.load_checkpoint(path), 3000, 10)
 
 
 def test_checkpoint_directory(tmp_path):
@@ -328,7 +329,7 @@ def test_checkpoint_directory(tmp_path):
         byte, bit = divmod(next(bits), 8)
         return good[: first + byte] + bytes([good[first + byte] ^ 1 << bit]) + good[first + byte + 1 :]
 
-    fuzz(path, lambda: train.load_checkpoint(path), 8 * (len(good) - first), 11, flip_next)
+    fuzz(path, lambda: data.load_checkpoint(path), 8 * (len(good) - first), 11, flip_next)
 
 
 def test_checkpoint_marked_as_folders(tmp_path):
@@ -340,4 +341,4 @@ def test_checkpoint_marked_as_folders(tmp_path):
     for entry in entries:
         path.write_bytes(good[: entry + 38] + b"\x10" + good[entry + 39 :])  # its external attributes
         with pytest.raises(data.UserError, match="ckpt.pt"):
-            train.load_checkpoint(path)
+            data.load_checkpoint(path)

@@ -191,7 +191,7 @@ def test_true_index_has_148_variables_without_gaps():
     """OpenAI's own index lists exactly our parameters, end to end, so nothing is misread or left out."""
     entries = m.read_table(INDEX_124M.read_bytes())
     entries.pop("")
-    spans = sorted((e.get(4, [0])[0], e[5][0]) for e in entries.values())
+    spans = sorted((e.get(4, 0), e[5]) for e in entries.values())
     assert len(spans) == 148
     assert all(a + length == b for (a, length), (b, _) in zip(spans, spans[1:]))
     assert sum(spans[-1]) == 4 * 124_439_808
@@ -374,7 +374,7 @@ def test_samples_have_the_distribution_asked_for(temperature, top_k):
         p[logits.argsort(descending=True)[top_k:]] = 0
     p /= p.sum()
     g = torch.Generator().manual_seed(0)
-    last = m.pick(logits.float().expand(n, -1), temperature, top_k, g).flatten()
+    last = m.sample(logits.float().expand(n, -1), temperature, top_k, g).flatten()
     found = last.bincount(minlength=61) / n
     assert ((found - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
     g.manual_seed(0)

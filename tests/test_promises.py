@@ -488,7 +488,6 @@ def test_inserted_block_has_the_dtype_of_the_model(dtype, init):
     assert block.attn.c_attn.weight.any()  # it is the identity because of its projections alone
 
 
-@promised("Two blocks at one growth need no change outside grow.py and one line of the loop.")
 def test_two_blocks_at_one_growth(here, tmp_path, capsys, monkeypatch):
     """A fork whose insert_block inserts two: every count must come from the network, none from "one more"."""
     insert = grow.insert_block
@@ -512,7 +511,6 @@ def test_two_blocks_at_one_growth(here, tmp_path, capsys, monkeypatch):
     assert "2 -> 4" in capsys.readouterr().out
 
 
-@promised("A plateau is asked only from --first_growth on, and its count is not lost before.")
 @pytest.mark.parametrize(
     "patience, first_growth, expected", [(4, 6, [6, 10]), (2, 5, [5, 7]), (3, 7, [7, 10])]
 )
@@ -611,7 +609,6 @@ def test_preset_typed_as_an_option(here):
     refused(train.main, ["--demo"], r"preset|train\.py demo", r"(?<!-)\bdemo\b", kind=UsageError)
 
 
-@promised(f"`--resume best`: {ANSWER}.")
 def test_resume_with_a_word_behind_it():
     """Either its value needs a =, or this word is no preset."""
     answer = r"preset|needs? (an? )?=|with (an? )?=|--resume=(yes|no|auto)\b"

@@ -224,10 +224,6 @@ DEFAULTS = dict(
 GROWS = dict(grow_every=3, max_growths=2)  # at steps 3 and 6 of 9
 # The loss never falls by that much, so there is a plateau from the start.
 PLATEAU = dict(trigger="plateau", max_growths=2, max_steps=12, eval_every=2, min_delta=10.0)
-COUNT_NOT_LOST = (
-    "A plateau is asked only from --first_growth on, and its count is not lost before. (It fires at step 4, "
-    "when it may not yet grow, and counts anew.)"
-)
 
 RUNS = {
     "no_growth": dict(max_growths=0),
@@ -264,8 +260,6 @@ RUNS = {
     ),
 }  # fmt: skip
 WORDS = {"learn": ["grow", "learn", "block", "layer"], "retain": ["OLD", "KEPT", "42"]}  # two texts
-XFAIL = {"plateau_count": pytest.mark.xfail(strict=True, reason=COUNT_NOT_LOST)}
-PARAMETERS = [pytest.param(name, marks=XFAIL.get(name, ())) for name in RUNS]
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +377,7 @@ def assert_same(program, reference):
         assert difference < (1e-5 if name == "weights" else 1e-4), f"{name} differs by {difference:.1e}"
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", RUNS)
 def test_the_program_trains_as_by_hand(name, home, tmp_path, monkeypatch):
     drawn = Random(monkeypatch)
     start_program(home, tmp_path / "run", RUNS[name])
