@@ -99,11 +99,12 @@ def fault(path, size=None, sha256=None):
                 return "has the wrong sha256"
 
 
-def fetch(urls, path, size=None, sha256=None):
+def fetch(urls, path, size=None, sha256=None, remedy=None):
     """Return `path`, downloaded from the first of `urls` that delivers `size` bytes with this `sha256`.
 
     A right file that is there already (put by hand, say) is used without a network. What has arrived is
-    kept in PATH.part and continued with a Range request; only a verified file gets its name."""
+    kept in PATH.part and continued with a Range request; only a verified file gets its name. Raises
+    UserError, which begins with the remedy."""
     path, tried = Path(path), []
     try:
         wrong = fault(path, size, sha256)
@@ -120,7 +121,9 @@ def fetch(urls, path, size=None, sha256=None):
                 tried.append(f"{url}: {reason}")
     except OSError as e:
         tried.append(f"{e.strerror or e}")
-    raise UserError(f"could not fetch {path.name} into {path.parent} ({'; '.join(tried)})")
+    if remedy is None:
+        remedy = f"check the network, or put {path.name} into {path.parent} by hand: "
+    raise UserError(f"{remedy}could not fetch {path.name} into {path.parent} ({'; '.join(tried)})")
 
 
 def _fetch_from(url, path, size, sha256):
@@ -200,28 +203,57 @@ def load_checkpoint(path):
             if z.testzip() or any(entry.external_attr for entry in z.infolist()):
                 raise ValueError("a checksum or an attribute is wrong")
         value = torch.load(path, map_location="cpu", weights_only=True)
-        if value["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"format version {value['version']}, this program reads {CHECKPOINT_VERSION}")
-        return value
-    except MemoryError:
+    except (MemoryError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # damaged bytes make zipfile, zlib, pickle and torch raise a dozen kinds
         raise UserError(f"{path}: damaged ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+    found = value.get("version") if isinstance(value, dict) else None
+    if found != CHECKPOINT_VERSION:
+        raise UserError(
+            f"{path} has format {found}, and only {CHECKPOINT_VERSION} can be resumed: to go on from its "
+            f"network, give --init={Path(path).parent / 'model'} and another --out"
+        )
+    return value
+
+
+def json_line(row):
+    """A row of a log. Strict JSON: a bug's NaN or Infinity raises ValueError."""
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def open_log(path, rows):
     """A file to append rows to, one JSON object a line, that begins with the rows there are already."""
+    with replacing(path) as f:
+        f.write("".join(map(json_line, rows)).encode())
+    return open(path, "a")
+
+
+def read_jsonl(path):
+    """The rows of a file with strict JSON on each line. Raises UserError that names the line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            rows.append(json.loads(line, parse_constant=int))  # int("NaN") is a ValueError
+        except ValueError as e:
+            raise UserError(f"{path}, line {number}: not JSON ({e})") from e
+    return rows
+
+
+def lock_run(out):
+    """Make a run's folder and lock it. Returns the open file RUN/lock: to close it, or a kill, unlocks."""
+    out = Path(out).absolute()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as f:
-            f.writelines(json_line(row) for row in rows)
-        return open(path, "ab")
+        out.mkdir(parents=True, exist_ok=True)
+        f = open(out / "lock", "w")
     except OSError as e:
-        raise UserError(f"cannot write to {path.parent} ({e.strerror}): give another --out") from e
-
-
-def json_line(row):
-    return json.dumps(row).encode() + b"\n"
+        raise UserError(f"cannot write to {out} ({e.strerror}): give another --out") from e
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"another process is training in {out}: wait for it, or give another --out") from e
+    except (AttributeError, OSError):  # Windows has no fcntl, and some network disks have no locks
+        print(f"no file locks here: do not start a second process in {out}", file=sys.stderr)
+    return f
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,6 +261,7 @@ def json_line(row):
 
 EOT = "<|endoftext|>"
 BYTES, GPT2 = 257, 50257
+HEADER = 512  # bytes of a token file before its ids
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/"
 ENCODINGS = OPENAI + "encodings/main/"
 TOKENIZER_FILES = {
@@ -242,15 +275,10 @@ def tokenizer_files():
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = Path(folder or cache_dir() / "tiktoken")
     paths = {name: folder / hashlib.sha1((ENCODINGS + name).encode()).hexdigest() for name in TOKENIZER_FILES}
-    try:
-        for name, path in paths.items():
-            fetch([ENCODINGS + name], path, *TOKENIZER_FILES[name])
-    except UserError as e:
-        raise UserError(
-            f"GPT-2's tokenizer needs {' and '.join(paths)} from {ENCODINGS}. Without a network, put them "
-            f"into a folder, named {' and '.join(path.name for path in paths.values())} in this order, and "
-            f"set TIKTOKEN_CACHE_DIR to it. Reason: {e}"
-        ) from e
+    remedy = f"check the network, or put {' and '.join(paths)} from {ENCODINGS} into a folder, named "
+    remedy += f"{' and '.join(p.name for p in paths.values())} and set TIKTOKEN_CACHE_DIR to it: "
+    for name, path in paths.items():
+        fetch([ENCODINGS + name], path, *TOKENIZER_FILES[name], remedy)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     return paths
 
@@ -339,17 +367,6 @@ def lambada():
     return openai_texts("data/lambada_test.jsonl", *LAMBADA)
 
 
-def read_jsonl(path):
-    """The rows of a file with JSON on each line. Raises UserError that names the line."""
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise UserError(f"{path}, line {number}: not JSON") from e
-    return rows
-
-
 def docs():
     """The documentation of the Python that runs this, as pydoc carries it."""
     from pydoc_data.topics import topics
@@ -376,10 +393,15 @@ def _shuffled_pieces(texts, size=2000):
 
 
 def own_text(name):
-    """A user's .txt file, or every .txt, .md and .py file below a folder in the order of their paths."""
-    path = Path(name)
-    found = path.rglob("*") if path.is_dir() else [path]
-    files = sorted(p for p in found if p.is_file() and (p == path or p.suffix in (".txt", ".md", ".py")))
+    """A user's file, or every .txt, .md and .py file below a folder in the order of their paths."""
+    path = Path(name).absolute()
+    if not path.exists():
+        known = f"give one of {', '.join(BUILT_IN)}, a .txt file, or a folder"
+        raise UsageError(f"no data set {name!r}, and no file {path}: {known}")
+    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = [p for p in found if p == path or p.suffix in (".txt", ".md", ".py")]
+    if not files:
+        raise UsageError(f"{path} has {len(found)} files, but none of those that are read: .txt, .md, .py")
     texts = []
     for file in files:
         try:
@@ -400,51 +422,47 @@ BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": co
 
 
 def check_name(name):
-    """Refuse a data set that is neither built in nor there, before anything is downloaded."""
-    if name not in BUILT_IN and not Path(name).exists():
-        known = ", ".join(BUILT_IN)
-        raise UsageError(f"no data set or file {name!r}: give one of {known}, a .txt file, or a folder")
-
-
-# Tokens are kept in one file a split: a header of 512 bytes (JSON, padded with spaces) and then the ids as
-# uint16, little-endian.
-
-HEADER = 512
+    """Refuse a data set that is neither built in nor a text here, before anything is downloaded."""
+    if name not in BUILT_IN:
+        own_text(name)
+    elif Path(name).exists():
+        print(f"{name} is the built-in text: to take what is here, write ./{name}", file=sys.stderr)
 
 
 def load(name, vocab_size, block_size):
     """{'train', 'val', 'test'} -> uint16 ids of the whole split, (N,). UserError if the text is too short."""
-    check_name(name)
     texts = BUILT_IN[name]() if name in BUILT_IN else own_text(name)
-    tokens = {split: _tokens(Path(name).stem, split, text, vocab_size) for split, text in texts.items()}
+    tokens = {split: tokens_of(text, vocab_size) for split, text in texts.items()}
     for split, need in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
         if len(tokens[split]) < need:
+            lines = "".join(texts.values()).strip("\n").count("\n") + 1
+            one = ", and this one has one line" if lines == 1 else ""
             raise UserError(
                 f"{name} is too short: its {split} split has {len(tokens[split]):,} tokens and needs "
-                f"{need:,} or more at --block_size={block_size}"
+                f"{need:,} or more at --block_size={block_size}. A text is split at line ends, 90/5/5{one}"
             )
     return tokens
 
 
-def _tokens(name, split, text, vocab_size):
-    """The ids of a text, from the file made of this very text earlier or made now."""
+def tokens_of(text, vocab_size):
+    """The ids of a text, (N,) uint16, from the file made of this very text earlier or made now."""
     source = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     tokenizer = tokenizer_name(vocab_size)
-    path = cache_dir() / "tokens" / f"{name}-{split}-{tokenizer}-{source[:16]}.bin"
+    path = cache_dir() / "tokens" / f"{tokenizer}-{source[:16]}.bin"
     with lock(path):
-        try:
-            return read_bin(path, source, tokenizer)
-        except FileNotFoundError:
-            pass
-        except ValueError as e:
-            print(f"{e}: tokenising again", file=sys.stderr)
+        if path.exists():
+            try:
+                return read_bin(path, source, tokenizer)
+            except ValueError as e:
+                print(f"{e}: tokenising again", file=sys.stderr)
         with replacing(path) as f:
             f.write(token_file(encode(text, vocab_size).astype("<u2").tobytes(), source, tokenizer))
     return read_bin(path, source, tokenizer)
 
 
 def token_file(raw, source, tokenizer):
-    """The bytes of a token file: `raw` are those of the ids, `source` is the sha256 of the text."""
+    """The bytes of a token file: JSON, padded with spaces, and then `raw`, the ids as uint16, little-endian.
+    `source` is the sha256 of the text."""
     header = {"version": 1, "source": source, "tokenizer": tokenizer, "count": len(raw) // 2}
     header["sha256"] = hashlib.sha256(raw).hexdigest()
     return json.dumps(header).encode().ljust(HEADER) + raw
@@ -470,8 +488,7 @@ def _order(windows, seed, epoch):
 def batch(tokens, block_size, rows, step, seed):
     """Inputs and targets of a step: two int64 tensors of shape (rows, T), T = block_size.
 
-    The split is cut into windows of T + 1 tokens that overlap by one; every window is drawn once an epoch.
-    """
+    The split is cut into windows of T + 1 tokens that overlap by one; every window is drawn once an epoch."""
     windows = (len(tokens) - 1) // block_size
     drawn = range(step * rows, (step + 1) * rows)
     starts = [int(_order(windows, seed, i // windows)[i % windows]) * block_size for i in drawn]

@@ -8,7 +8,8 @@
 
 Protocol, everywhere: a split is one stream of tokens, cut into windows of block_size tokens that do not
 overlap; in each window every token but the first is predicted from those before it in the window. Loss is
-in nats per predicted token; perplexity is its exponential. No padding counts, nothing is sampled."""
+in nats per predicted token; perplexity is its exponential. No padding counts, nothing is sampled. The blocks
+compute in the precision that stands beside the figures, final norm, head and loss always in float32."""
 
 import argparse
 import ctypes
@@ -16,7 +17,9 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +38,11 @@ from model import GPT, SIZES, cross_entropy
 def choose_machine(device="auto", dtype="auto"):
     """(torch.device, torch.dtype, reasons): every choice is said once, with its reason."""
     why, why_dtype = "asked for", "asked for"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         device, why = next(name for name in there if there[name]), "the fastest that torch sees"
+    if not there[device]:
+        raise UsageError(f"--device={device}, but torch sees none: use --device=auto")
     chosen = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
     if device == "cpu":
         keep_freed_memory()
@@ -66,8 +71,29 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)  # and take nothing that would have to be given back
 
 
+def duration(seconds):
+    """1:02:03 or 2:03"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The one loss
+
+
+def protocol(split, context, device, dtype, average="token"):
+    """What the figures beside it are, in one sentence. On CUDA, products of float32 matrices are in TF32."""
+    tf32 = dtype == torch.float32 and device.type == "cuda" and torch.cuda.is_tf32_supported()
+    blocks = "TF32" if tf32 else str(dtype).removeprefix("torch.")
+    how = f"context {context}, stride {context}, nats per token, mean by {average}"
+    return f"{split} split, {how}; blocks in {blocks}, logits in float32"
+
+
+def count_windows(count, block_size, windows=0):
+    """How many windows `count` tokens have, at most `windows` (0: all). One token alone predicts nothing."""
+    available = max(math.ceil(count / block_size) - (count % block_size == 1), 1)
+    return min(windows or available, available)
 
 
 def window_batches(tokens, block_size, batch_size, windows):
@@ -83,18 +109,44 @@ def window_batches(tokens, block_size, batch_size, windows):
         yield first, ids.clamp(min=0), F.pad(ids[:, 1:], (0, 1), value=-1)
 
 
+def with_time_left(batches, windows):
+    """Pass on batches of windows. If it takes long, stderr says how far it is: every second in one line of a
+    terminal, every half minute elsewhere."""
+    every, end = (1, "\r") if sys.stderr.isatty() else (30, "\n")
+    began = said = time.perf_counter()
+    for first, x, y in batches:
+        now = time.perf_counter()
+        if first and now - said > every and now - began > 5:
+            left = (now - began) / first * (windows - first)
+            print(f"{first} of {windows} windows, {left:.0f} s left  ", end=end, file=sys.stderr, flush=True)
+            said = now
+        yield first, x, y
+
+
+def logits(model, x):
+    """(B, T, V) in float32 for ids x (B, T), whatever autocast the blocks run under: near -95, where those of
+    GPT-2 lie, bfloat16 has steps of 0.5."""
+    hidden = model.run(model.embed(x))  # (B, T, C)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    with torch.autocast(x.device.type, enabled=False):
+        z = model.head(hidden.to(model.wte.weight.dtype)).float()
+    torch.set_float32_matmul_precision(before)
+    return z
+
+
 @torch.no_grad()
 def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0):
     """Add up, in each window, what measure(x, y) says of its predicted tokens: a dict of (B, T) tensors.
 
     Returns a dict of float64 tensors (windows,): the sums under the same names, and "tokens", how many were
     predicted. windows = 0 takes the whole split. Ranks share the batches, and all get the whole result."""
-    available = max(math.ceil(len(tokens) / block_size) - (len(tokens) % block_size == 1), 1)
-    windows = min(windows or available, available)
+    windows = count_windows(len(tokens), block_size, windows)
+    batches = window_batches(tokens, block_size, batch_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     measured = {}  # number of a batch's first window: what was measured there
     with torch.compiler.set_stance("force_eager"):  # measuring must not compile shapes of its own
-        for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
+        for i, (first, x, y) in enumerate(batches if rank else with_time_left(batches, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
                 values = {name: torch.where(y >= 0, v, 0.0) for name, v in measure(x, y).items()}
@@ -124,7 +176,7 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
     was_training = model.training
     model.eval()
     sums = sum_windows(
-        lambda x, y: {"nats": cross_entropy(model(x)[0], y)},
+        lambda x, y: {"nats": cross_entropy(logits(model, x), y)},
         model.wte.weight.device, tokens, block_size, batch_size, windows,
     )  # fmt: skip
     model.train(was_training)
@@ -134,31 +186,25 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
 
 
 def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
-    """{"base", "grown", "mixed", "kl"}, in nats per predicted token: both networks' losses, and KL(base ||
-    grown), how far the distribution moved, right or wrong. All None where there are no tokens."""
-
-    result = {"base": None, "grown": None, "mixed": None, "kl": None}
+    """{"windows", "base", "grown", "mixed", "kl"}: how many windows there were; both networks' losses and
+    KL(base || grown), how far the distribution moved, right or wrong, in nats per predicted token. All None
+    where there are no tokens."""
     if tokens is None:
-        return result
+        return dict.fromkeys(("windows", "base", "grown", "mixed", "kl"))
 
     def measure(x, y):
-        base_logits, grown_logits = (net(x)[0].float() for net in (base, grown))  # (B, T, V) each
-        p, q = F.log_softmax(base_logits, -1), F.log_softmax(grown_logits, -1)
-        kl = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-        return {"base": cross_entropy(base_logits, y), "grown": cross_entropy(grown_logits, y), "kl": kl}
+        p = F.log_softmax(logits(base, x), -1)  # (B, T, V)
+        q = F.log_softmax(logits(grown, x), -1)
+        # Row by row: so no more than p, q and the logits that q is made from are ever alive at once.
+        kl = [F.kl_div(q_row, p_row, log_target=True, reduction="none").sum(-1) for p_row, q_row in zip(p, q)]
+        targets = y.clamp(min=0)[..., None]  # (B, T, 1)
+        base_nats, grown_nats = (-log_p.gather(-1, targets)[..., 0] for log_p in (p, q))  # (B, T)
+        return {"base": base_nats, "grown": grown_nats, "kl": torch.stack(kl)}
 
     base.eval(), grown.eval()
     sums = sum_windows(measure, grown.wte.weight.device, tokens, block_size, batch_size, windows)
-    for name in ("base", "grown", "kl"):
-        result[name] = (sums[name].sum() / sums["tokens"].sum()).item()
-    return result
-
-
-def protocol(windows, block_size, dtype):
-    """What stands beside every number of a run's final comparison."""
-    part = f"first {windows} windows" if windows else "whole split"
-    where = f"{part}, context {block_size}, stride {block_size}"
-    return f"Test split, {where}, mean over predicted tokens, {str(dtype)[6:]}."
+    means = {name: (sums[name].sum() / sums["tokens"].sum()).item() for name in ("base", "grown", "kl")}
+    return {"windows": len(sums["tokens"]), "mixed": None, **means}
 
 
 @torch.no_grad()
@@ -189,23 +235,23 @@ def lambada(model):
         target = data.encode(" " + word)
         ids = np.concatenate([data.encode(context), target])[-model.config.block_size :].astype(np.int64)
         ids = torch.from_numpy(ids).to(model.wte.weight.device)
-        logits, y = model(ids[None, :-1])[0][0, -len(target) :], ids[-len(target) :]  # (n, V), (n,)
-        nats += cross_entropy(logits, y).sum().item()
-        right += torch.equal(logits.argmax(-1), y)
+        z, y = logits(model, ids[None, :-1])[0, -len(target) :], ids[-len(target) :]  # (n, V), (n,)
+        nats += cross_entropy(z, y).sum().item()
+        right += torch.equal(z.argmax(-1), y)
     count = len(passages)
     return {"accuracy": right / count, "perplexity": ppl(nats / count), "passages": count}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tables of a run. Everything in them comes from its metrics.jsonl.
+# A run in numbers. Everything comes from its metrics.jsonl.
 
 
 def read_run(folder):
-    """A run's metrics.jsonl by kind: header and result are dicts, step, eval and event lists of dicts."""
-    path = Path(folder) / "metrics.jsonl"
+    """A run's metrics.jsonl by kind: header and result are dicts, the others lists of dicts."""
+    path = Path(folder).absolute() / "metrics.jsonl"
     if not path.exists():
-        raise UserError(f"no run in {folder}; to measure a model, give --dataset, --lambada or --prompt")
-    run = {"folder": str(folder), "header": None, "step": [], "eval": [], "event": [], "result": None}
+        raise UserError(f"no run in {path.parent}; to measure a model, give --dataset, --lambada or --prompt")
+    run = {"header": None, "step": [], "eval": [], "event": [], "result": None}
     for row in data.read_jsonl(path):
         kind = row.pop("kind", None) if isinstance(row, dict) else None
         if kind not in run:
@@ -213,7 +259,11 @@ def read_run(folder):
         run[kind] = row if kind in ("header", "result") else [*run[kind], row]
     if run["header"] is None:
         raise UserError(f"{path}: no header row")
-    return run
+    return {"folder": str(folder), **run}
+
+
+def unfinished(folder):
+    return f"{Path(folder).absolute()} is not finished: run its command again with --resume"
 
 
 def ppl(loss):
@@ -224,6 +274,29 @@ def forgetting(result):
     """Nats by which the loss on the retained text exceeds the untouched network's; None if not measured."""
     old = result["retain"]
     return None if old["base"] is None else old["grown"] - old["base"]
+
+
+def slope(evals, first, last):
+    """Nats per 1,000 steps: least squares through the validation losses from step `first` to `last`."""
+    points = sorted({e["step"]: e["learn"] for e in evals if first <= e["step"] <= last}.items())
+    return 1000 * np.polyfit(*zip(*points), 1)[0] if len(points) > 1 else None
+
+
+def scaling_rows(run):
+    """One dict per growth. Nothing is extrapolated: a few growths make no law."""
+    rows, begin, last = [], 0, run["eval"][-1]
+    following = [*run["event"][1:], {**last, "learn_before": last["learn"]}]
+    for k, (e, after) in enumerate(zip(run["event"], following), 1):
+        rows.append({
+            **{key: e[key] for key in ("step", "tokens", "parameters", "flops")}, "layers": e["layers_after"],
+            "loss_before": e["learn_before"], "loss_after": e["learn_after"],
+            "slope_before": slope(run["eval"], begin, e["step"]),
+            "slope_after": slope(run["eval"], e["step"], after["step"]),
+            "gain_per_million": (e["learn_after"] - after["learn_before"]) / (e["trainable"] / 1e6),
+            "use": run["result"].get("block_use", {}).get(str(k)),
+        })  # fmt: skip
+        begin = e["step"]
+    return rows
 
 
 def markdown(rows):
@@ -238,6 +311,7 @@ def markdown(rows):
 
 
 def results_table(runs):
+    """A row for each of several runs."""
     rows = []
     for run in runs:
         r, new, old = run["result"], run["result"]["learn"], run["result"]["retain"]
@@ -245,8 +319,9 @@ def results_table(runs):
             ("run", Path(run["folder"]).name, ""),
             ("learn base", new["base"], ".4f"), ("grown", new["grown"], ".4f"),
             ("ppl base", ppl(new["base"]), ".2f"), ("grown", ppl(new["grown"]), ".2f"),
-            ("retain base", old["base"], ".4f"), ("grown", old["grown"], ".4f"),
-            ("forgetting", forgetting(r), "+.4f"), ("KL", old["kl"], ".4f"), ("layers", r["layers"], ""),
+            ("windows", new.get("windows"), ","), ("retain base", old["base"], ".4f"),
+            ("grown", old["grown"], ".4f"), ("forgetting", forgetting(r), "+.4f"), ("KL", old["kl"], ".4f"),
+            ("windows", old.get("windows"), ","), ("layers", r["layers"], ""),
             ("parameters", r["parameters"], ","), ("trainable", r["trainable"], ","),
             ("TFLOP", r["flops"] / 1e12, ",.2f"), ("minutes", r["seconds"] / 60, ".1f"),
         ])  # fmt: skip
@@ -254,8 +329,8 @@ def results_table(runs):
 
 
 def tables(run):
-    """Four tables of one finished run: summary, growths, base against grown, scaling."""
-    r, start, new = run["result"], run["header"], run["result"]["learn"]
+    """Four tables of one finished run: summary, base against grown, growths, scaling."""
+    r, start, new, old = run["result"], run["header"], run["result"]["learn"], run["result"]["retain"]
     summary = [
         ("layers", start["layers"], r["layers"], ""),
         ("parameters", start["parameters"], r["parameters"], ","),
@@ -264,20 +339,19 @@ def tables(run):
         ("test perplexity, learn", ppl(new["base"]), ppl(new["grown"]), ".2f"),
     ]
     summary = [[("", name, ""), ("initial", a, form), ("final", b, form)] for name, a, b, form in summary]
+    versus = [
+        [("domain", f"{name}: {text['dataset']}", ""), ("loss base", text["base"], ".4f"),
+         ("loss grown", text["grown"], ".4f"), ("change", text["grown"] - text["base"], "+.4f"),
+         ("ppl base", ppl(text["base"]), ".2f"), ("ppl grown", ppl(text["grown"]), ".2f"),
+         ("KL(base, grown)", text["kl"], ".4f"), ("windows", text.get("windows"), ",")]
+        for name, text in (("learn", new), ("retain", old)) if text["base"] is not None
+    ]  # fmt: skip
     growths = [
         [("step", e["step"], ""), ("layers", f"{e['layers_before']} -> {e['layers_after']}", ""),
          ("at", e["at"], ""), ("added", e["parameters_added"], ","),
          ("val loss before", e["learn_before"], ".6f"), ("val loss after", e["learn_after"], ".6f"),
          ("delta", e["learn_after"] - e["learn_before"], "g")]
         for e in run["event"]
-    ]  # fmt: skip
-    versus = [
-        [("domain", f"{name}: {text['dataset']}", ""),
-         ("loss base", text["base"], ".4f"), ("loss grown", text["grown"], ".4f"),
-         ("change", text["grown"] - text["base"], "+.4f"),
-         ("ppl base", ppl(text["base"]), ".2f"), ("ppl grown", ppl(text["grown"]), ".2f"),
-         ("KL(base, grown)", text["kl"], ".4f")]
-        for name, text in (("learn", new), ("retain", r["retain"])) if text["base"] is not None
     ]  # fmt: skip
     scaling = [
         [("step", s["step"], ""), ("tokens", s["tokens"], ","), ("layers", s["layers"], ""),
@@ -287,45 +361,58 @@ def tables(run):
          ("gain / M params", s["gain_per_million"], "+.4f"), ("use", s["use"], ".3f")]
         for s in scaling_rows(run)
     ]  # fmt: skip
-    return [markdown(rows) if rows else "no growth" for rows in (summary, growths, versus, scaling)]
+    return [markdown(rows) if rows else "no growth" for rows in (summary, versus, growths, scaling)]
 
 
-def scaling_rows(run):
-    """One dict per growth. Nothing is extrapolated: a few growths make no law."""
-    rows, begin, last = [], 0, run["eval"][-1]
-    following = [*run["event"][1:], {**last, "learn_before": last["learn"]}]
-    for k, (e, after) in enumerate(zip(run["event"], following), 1):
-        rows.append({
-            **{key: e[key] for key in ("step", "tokens", "parameters", "flops")}, "layers": e["layers_after"],
-            "loss_before": e["learn_before"], "loss_after": e["learn_after"],
-            "slope_before": slope(run["eval"], begin, e["step"]),
-            "slope_after": slope(run["eval"], e["step"], after["step"]),
-            "gain_per_million": (e["learn_after"] - after["learn_before"]) / (e["parameters_added"] / 1e6),
-            "use": run["result"].get("block_use", {}).get(str(k)),
-        })  # fmt: skip
-        begin = e["step"]
-    return rows
+def results(run):
+    """A finished run's tables and what they say, in Markdown: printed at its end, and part of its card."""
+    r, old, start = run["result"], run["result"]["retain"], run["header"]
+    c = start["config"]
+    windows = count_windows(start["tokens"]["learn"]["val"], c["block_size"], c.get("eval_windows", 0))
+    summary, versus, growths, scaling = tables(run)
+    retention = "No old text was measured in this run, so it says nothing about forgetting."
+    if old["base"] is not None:
+        retention = (
+            f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per "
+            f"token ({forgetting(r):+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
+        )
+    return f"""## Results
+{summary}
 
+{r["protocol"]}
 
-def slope(evals, first, last):
-    """Nats per 1,000 steps: least squares through the validation losses from step `first` to `last`."""
-    points = sorted({e["step"]: e["learn"] for e in evals if first <= e["step"] <= last}.items())
-    return 1000 * np.polyfit(*zip(*points), 1)[0] if len(points) > 1 else None
+{versus}
+
+## Retention
+{retention}
+
+## Growth events
+Loss just before and just after, on {windows} windows of the validation split; context and precision as above.
+Delta must be 0.
+
+{growths}
+
+## Scaling
+On the same windows. Slopes: nats per 1,000 steps. Gain: nats until the next growth, per million parameters
+that trained. Use: |block(x) - x| / |x|.
+
+{scaling}
+
+{r["seconds"]:.0f} s in all, {r["train_seconds"]:.0f} s of them training; {r["tokens"]:,} tokens, \
+{r["flops"] / 1e12:,.2f} TFLOP."""
 
 
 def report(run):
-    """The card's three tables and the scaling analysis of one finished run, as text."""
-    r = run["result"]
-    summary, growths, versus, scaling = tables(run)
-    return "\n\n".join([
-        f"Summary of {run['folder']}", summary,
-        "Growth (validation loss on the same windows just before and just after; delta must be 0)", growths,
-        f"Base against grown, test splits. {r['protocol']}", versus,
-        "Scaling (slopes: nats per 1,000 steps; gain: nats until the next growth; use: |block(x) - x| / |x|)",
-        scaling,
-        f"{r['seconds']:.0f} s in all, {r['train_seconds']:.0f} s of them training; {r['tokens']:,} tokens, "
-        f"{r['flops'] / 1e12:,.2f} TFLOP. The model: {run['folder']}/model",
-    ])  # fmt: skip
+    """What is said when a run ends, and of one run by eval.py: its results, and how to go on."""
+    folder = shlex.quote(run["folder"])
+    return f"""Summary of {run["folder"]}
+
+{results(run)}
+
+The model: {folder}/model
+These tables again: python eval.py {folder}
+A picture of them: python eval.py {folder} --plot=run.png
+Text from the model: python eval.py {folder} --prompt='Once upon a time'"""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -334,6 +421,9 @@ def report(run):
 
 def plot(runs, path):
     """Losses over steps with the growths marked, and the frontier: forgetting against the new text's loss."""
+    path = Path(path).absolute()
+    if path.suffix not in (".png", ".pdf", ".svg") or not path.parent.is_dir():
+        raise UsageError(f"--plot={path}: name a .png, .pdf or .svg file in a folder that exists")
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -354,42 +444,19 @@ def plot(runs, path):
             frontier.plot(*point, "o", color=color)
             frontier.annotate(name, point)
     curves.legend()
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot write the picture {path}: {e}") from e
-
-
-USAGE = """import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
-
-model = GPT2LMHeadModel.from_pretrained("{folder}")
-{tokenizer}
-prompt = torch.tensor([{encode}])
-mask = torch.ones_like(prompt)
-ids = model.generate(prompt, attention_mask=mask, max_new_tokens={new}, do_sample=True, top_k=50)[0]
-print({decode})"""
+    figure.savefig(path, dpi=130)
+    print(f"picture: {path}", file=sys.stderr)
 
 
 def model_card(run):
     """The README.md that stands beside a run's export, filled with this run's numbers only."""
-    r, start, c, old = run["result"], run["header"], run["header"]["config"], run["result"]["retain"]
-    summary, growths, versus, _ = tables(run)
-    options = markdown([[("option", f"--{name}", ""), ("value", repr(v), "")] for name, v in c.items()])
-    retention = "No old text was measured in this run, so it says nothing about forgetting."
-    if old["base"] is not None:
-        retention = (
-            f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per "
-            f"token ({forgetting(r):+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
-        )
-    folder = f"{run['folder']}/model"
-    new = max(1, min(40, c["block_size"] - 11))  # tokens that fit behind the prompt
+    r, start = run["result"], run["header"]
+    c, folder = start["config"], f"{run['folder']}/model"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
     encode, decode = 'tokenizer.encode("def main():")', "tokenizer.decode(ids)"
     if start["vocab_size"] == data.BYTES:
         tokenizer, encode = "# a token is a byte", 'list(b"def main():")'
         decode = 'bytes(i for i in ids if i < 256).decode(errors="replace")'
-    usage = USAGE.format(folder=folder, tokenizer=tokenizer, encode=encode, new=new, decode=decode)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -406,34 +473,31 @@ end.
 
 ## Training data
 Learned: `{c["dataset"]}`, {start["tokens"]["learn"]["train"]:,} training tokens; {r["tokens"]:,} were drawn.
-To be retained: `{old["dataset"]}`.
+To be retained: `{c["retain"]}`.
 
 ## Configuration
 `{start["command"]}`
 
-{options}
+{markdown([[("option", f"--{name}", ""), ("value", repr(v), "")] for name, v in c.items()])}
 
 ## Growth mechanism
 Trigger `{c["trigger"]}`, placement `{c["where"]}`, block init `{c["block_init"]}`, freeze `{c["freeze"]}`.
 An inserted block has zero weight and bias in both output projections, so it adds exactly zero: at every
 growth the logits on a batch of validation windows were compared before and after, and were bitwise equal.
 
-## Growth events
-{growths}
-
-## Results
-{summary}
-
-{r["protocol"]}
-
-{versus}
-
-## Retention
-{retention}
+{results(run)}
 
 ## Usage
 ```python
-{usage}
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+
+model = GPT2LMHeadModel.from_pretrained("{folder}")
+{tokenizer}
+prompt = torch.tensor([{encode}])
+mask, new = torch.ones_like(prompt), {max(1, min(40, c["block_size"] - 11))}
+ids = model.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=50)[0]
+print({decode})
 ```
 
 ## Limitations
@@ -470,8 +534,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see python {self.prog} --help)")
 
 
+# An option that does nothing without another one, or without one of several.
+NEEDS = dict.fromkeys(("--split", "--block_size", "--batch_size", "--windows", "--average"), "--dataset")
+NEEDS |= dict.fromkeys(("--max_new_tokens", "--temperature", "--top_k", "--seed"), "--prompt")
+NEEDS |= dict.fromkeys(("--device", "--dtype", "--cache_dir"), "--dataset --prompt --lambada")
+
+
 def arguments(argv):
-    gpu = torch.cuda.is_available()
     p = Parser("eval.py", description=__doc__)
     p.add_argument("names", nargs="+", help="run folders, or one model: gpt2, gpt2-medium ..., a folder")
     p.add_argument("--json", action="store_true", help="print results as JSON")
@@ -483,40 +552,52 @@ def arguments(argv):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dataset", help="perplexity on wikitext2, webtext, docs, code, a .txt file or a folder")
     p.add_argument("--split", choices=["train", "val", "test"], default="val")
-    p.add_argument("--block_size", type=int, default=0, help="context in tokens (0: the model's)")
+    p.add_argument("--block_size", type=int, default=0, help="context in tokens (0: the run's, or model's)")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
     p.add_argument("--average", choices=["token", "window"], default="token", help="weighed alike")
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
-    p.add_argument("--device", choices=["cpu", "cuda"] if gpu else ["cpu"], default="cuda" if gpu else "cpu")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    p.add_argument("--dtype", choices=dtypes, default="float32", help="of the blocks; auto as in train.py")
     p.add_argument("--cache_dir", default="")
     a = p.parse_args(argv)
     if a.dataset:
         data.check_name(a.dataset)
     if min(a.batch_size, a.max_new_tokens) < 1 or min(a.windows, a.top_k, a.block_size) < 0:
         raise UsageError("batch_size, max_new_tokens must be 1 or more; windows, top_k, block_size 0 or more")
+    typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    for option in sorted(typed & NEEDS.keys()):
+        if not typed.intersection(NEEDS[option].split()):
+            raise UsageError(f"{option} does nothing without {NEEDS[option].replace(' ', ' or ')}")
+    for option in sorted(typed & {"--json", "--plot"}):
+        if typed & {"--dataset", "--prompt", "--lambada"}:
+            raise UsageError(f"{option} is for the tables of runs: not with --dataset, --prompt, --lambada")
     return a
 
 
 def print_tables(a):
+    """Of finished runs, as text or as JSON, after their picture."""
     runs = [read_run(name) for name in a.names]
     for run in runs:
-        if run["result"] is None:
-            folder = run["folder"]
-            raise UserError(f"{folder} is not finished: continue it with the same command and --resume")
+        if run["result"] is None and len(runs) > 1:
+            print(unfinished(run["folder"]), file=sys.stderr)
+    runs = [run for run in runs if run["result"] is not None]
+    if not runs:
+        raise UserError(unfinished(a.names[0]))
+    if a.plot:
+        plot(runs, a.plot)
     if a.json:
         rows = [
             {"run": run["folder"], "command": run["header"]["command"], **run["result"],
              "forgetting": forgetting(run["result"]), "scaling": scaling_rows(run)}
             for run in runs
         ]  # fmt: skip
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1, allow_nan=False))
+    elif len(runs) == 1:
+        print(report(runs[0]))
     else:
-        print("\n\n".join([results_table(runs), *(report(run) for run in runs if len(runs) == 1)]))
-        print("\nLosses in nats per token.", *sorted({run["result"]["protocol"] for run in runs}), sep="\n")
-    if a.plot:
-        plot(runs, a.plot)
-        print(f"picture: {a.plot}", file=sys.stderr)
+        print(results_table(runs), "", *sorted({run["result"]["protocol"] for run in runs}), sep="\n")
 
 
 def main(argv):
@@ -524,23 +605,31 @@ def main(argv):
     data.set_cache_dir(a.cache_dir)
     if a.prompt is None and not a.dataset and not a.lambada:
         return print_tables(a)
+    device, dtype, reasons = choose_machine(a.device, a.dtype)
+    print(*reasons, sep="; ", file=sys.stderr)
     for name in a.names:
-        folder = f"{name}/model" if name not in SIZES and (Path(name) / "metrics.jsonl").exists() else name
-        model = GPT.from_pretrained(folder).to(a.device).eval()
-        if a.prompt is not None:
-            print(sample(model, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
-        if a.lambada:
-            r = lambada(model)
-            print(f"{name} on LAMBADA ({r['passages']:,} passages, last word): accuracy {r['accuracy']:.4f}, "
-                  f"perplexity {r['perplexity']:.2f}")  # fmt: skip
-        if a.dataset:
-            context = a.block_size or model.config.block_size
-            tokens = data.load(a.dataset, model.config.vocab_size, 2)[a.split]
-            loss = evaluate(model, tokens, context, a.batch_size, a.windows, a.average)
-            part = f"first {a.windows} windows" if a.windows else "whole split"
-            protocol = f"{part}, context {context}, stride {context}, mean by {a.average}"
-            print(f"{name} on {a.dataset}, {a.split} split ({len(tokens):,} tokens; {protocol}):\n"
-                  f"loss {loss:.4f}, perplexity {ppl(loss):.4f}")  # fmt: skip
+        folder, context = name, a.block_size
+        if name not in SIZES and (Path(name) / "metrics.jsonl").exists():  # a run, not a model
+            folder = f"{name}/model"
+            context = context or read_run(name)["header"]["config"]["block_size"]
+            if not Path(folder).exists():
+                raise UserError(unfinished(name))
+        model = GPT.from_pretrained(folder).to(device).eval()
+        context = context or model.config.block_size
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if a.prompt is not None:
+                print(sample(model, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
+            if a.lambada:
+                r = lambada(model)
+                print(f"{name} on LAMBADA ({r['passages']:,} passages, last word): "
+                      f"accuracy {r['accuracy']:.4f}, perplexity {r['perplexity']:.2f}")  # fmt: skip
+            if a.dataset:
+                tokens = data.load(a.dataset, model.config.vocab_size, 2)[a.split]
+                loss = evaluate(model, tokens, context, a.batch_size, a.windows, a.average)
+                windows = count_windows(len(tokens), context, a.windows)
+                print(f"{name} on {a.dataset}, {windows:,} windows of {len(tokens):,} tokens, "
+                      f"{protocol(a.split, context, device, dtype, a.average)}:\n"
+                      f"loss {loss:.4f}, perplexity {ppl(loss):.4f}")  # fmt: skip
 
 
 def run_main(main):

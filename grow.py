@@ -38,7 +38,7 @@ def insert_block(model, at, init="copy", generation=None):
     if init not in ("copy", "fresh"):
         raise UserError(f"unknown block init {init!r}: give copy or fresh")
     with torch.device("meta"):
-        block = Block(config)
+        block = Block(config).to(model.wte.weight.dtype)
     block.to_empty(device=model.wte.weight.device)
     if init == "copy":
         block.load_state_dict(model.h[max(at - 1, 0)].state_dict())
@@ -235,12 +235,12 @@ class EWC:
 
     def penalty(self, model):
         """Scalar, summed over the original parameters of `model` that still train."""
-        terms = [
-            (self.fisher[n] * (p - self.anchor[n]) ** 2).sum()
-            for n, p in original_parameters(model)
-            if p.requires_grad and n in self.anchor
-        ]
+        terms = [(self.fisher[n] * (p - self.anchor[n]) ** 2).sum() for n, p in self.weighs(model)]
         return sum(terms) / 2 if terms else torch.zeros((), device=model.wte.weight.device)
+
+    def weighs(self, model):
+        """The (name, parameter) pairs that the penalty holds: none where all originals are frozen."""
+        return [(n, p) for n, p in original_parameters(model) if p.requires_grad and n in self.anchor]
 
 
 def sample_dreams(model, rows, T, seed):
@@ -339,10 +339,17 @@ def compile_objective(objective):
 
     Blocks that do the same work share one graph, of which their parameters are inputs; a compiled whole
     network would be compiled anew at every growth."""
-    for module in objective.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=False)
+    for net in (objective.model, objective.teacher):
+        if net is not None:
+            compile_blocks(net)
     objective.losses = torch.compile(objective.losses, dynamic=False)
+
+
+def compile_blocks(model):
+    """Compile the blocks that are not compiled yet."""
+    for block in model.h:
+        if block._compiled_call_impl is None:
+            block.compile(dynamic=False)
 
 
 def count_flops(objective, rows, distilled, T):

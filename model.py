@@ -143,9 +143,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
 
-        Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has said
-        <|endoftext|> (the last id of the vocabulary) is filled up with it. Contexts are cropped on the
-        left to block_size."""
+        Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has ended
+        (with <|endoftext|>, the last id) repeats it. Contexts are cropped on the left to block_size."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
         if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
@@ -177,9 +176,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder, dropout=0.0):
         """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with OpenAI's or Hugging Face's files.
 
-        Raises UserError (a ValueError) that names the file and its fault."""
+        Raises UserError (a ValueError) that names the file and its fault, OSError if one cannot be read."""
         config = replace(read_config(name_or_folder), dropout=dropout)
-        folder = fetch_gpt2(name_or_folder) if name_or_folder in SIZES else Path(name_or_folder)
+        folder = fetch_gpt2(name_or_folder) if name_or_folder in SIZES else Path(name_or_folder).absolute()
         with torch.device("meta"):  # shapes only: no memory and no random numbers for what is about to come
             model = cls(config)
         if (folder / "hparams.json").exists():
@@ -261,6 +260,7 @@ def assign_weights(model, arrays, source):
 
     def copy(name, array):  # never the mapped file itself: it may go away
         tensor = torch.from_numpy(array if array.flags.aligned else np.array(array))
+        tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
         tensor = tensor.t() if is_linear(name) else tensor
         return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
@@ -306,10 +306,8 @@ def read_openai_checkpoint(folder):
         if header.get(1) != 1 or 2 in header:
             raise ValueError("it does not describe one little-endian file")
         return map_tensors(path, [tensor_place(name, entry) for name, entry in table.items()])
-    except OSError as e:
-        raise UserError(f"{e.filename}: {e.strerror}") from e
     except (ValueError, LookupError, TypeError, OverflowError, struct.error) as e:
-        raise UserError(f"{index}: damaged, or not the index of {path.name} ({e})") from e
+        raise UserError(f"{index}: damaged, or no index of float32 tensors in {path.name} ({e})") from e
 
 
 def tensor_place(name, entry):
@@ -388,9 +386,11 @@ def crc32c(raw):
 # Hugging Face's format: config.json and model.safetensors (8 bytes: length N; N bytes of JSON; the tensors)
 
 # What a config.json may say of the architecture without being another one than ours.
-FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True)
-FIXED |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-DTYPES = {"F32": "<f4", "F16": "<f2"}
+FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
+FIXED |= dict(tie_word_embeddings=True, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: these are its bits
+MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files carry among the weights
+MASK_DTYPES = DTYPES | {"U8": "u1", "BOOL": "?"}
 
 
 def read_safetensors(path):
@@ -405,21 +405,27 @@ def read_safetensors(path):
             metadata = header.pop("__metadata__", {})
             if "sha256" in metadata and metadata["sha256"] != hashlib.file_digest(f, "sha256").hexdigest():
                 raise ValueError("its tensors do not have the sha256 that its header gives")
-        dtypes = {name: np.dtype(DTYPES[t["dtype"]]) for name, t in header.items()}
-        tensors = [(*t["data_offsets"], name, dtypes[name], t["shape"]) for name, t in header.items()]
+        tensors = []
+        for name, t in header.items():
+            dtype, known = t["dtype"], MASK_DTYPES if name.endswith(MASKS) else DTYPES
+            if dtype not in known:
+                raise UserError(f"{path}: {name} is stored as {dtype}: convert it to {' or '.join(DTYPES)}")
+            tensors.append((*t["data_offsets"], name, np.dtype(known[dtype]), t["shape"]))
         return map_tensors(path, tensors, start)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: damaged or of an unknown kind ({e})") from e
+        raise UserError(f"{path}: damaged ({e})") from e
 
 
 def read_huggingface_weights(folder):
-    """{our name: array}: without the prefix and the causal masks that some files carry."""
+    """{our name: array}: without the prefix, the masks and the second copy of wte that some files carry."""
     arrays = read_safetensors(folder / "model.safetensors")
-    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items()}
-    masks = (".attn.bias", ".attn.masked_bias")
-    return {n: a for n, a in arrays.items() if not n.endswith(masks) and n != "lm_head.weight"}
+    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items() if not name.endswith(MASKS)}
+    head = arrays.pop("lm_head.weight", None)
+    if head is not None and not np.array_equal(head, arrays.get("wte.weight", head)):
+        raise UserError(f"{folder}: lm_head.weight is not wte.weight, and GPT-2 has one matrix for both")
+    return arrays
 
 
 def save_huggingface(model, folder):
@@ -452,11 +458,10 @@ def save_huggingface(model, folder):
         tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size, **special}
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
     config = FIXED | {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "torch_dtype": "float32",
+        "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32", "generation": c.generation,
         "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
-        "n_layer": c.n_layer, "n_head": c.n_head, "generation": c.generation,
+        "n_layer": c.n_layer, "n_head": c.n_head, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
@@ -495,28 +500,33 @@ def read_config(name_or_folder):
     if name_or_folder in SIZES:
         _, n_layer, n_embd, n_head, *_ = SIZES[name_or_folder]
         return GPTConfig(n_head=n_head, n_embd=n_embd, generation=(0,) * n_layer)
-    path = next((p for file in SHAPE_FILES if (p := Path(name_or_folder) / file).exists()), None)
+    folder = Path(name_or_folder).absolute()
+    path = next((folder / file for file in SHAPE_FILES if (folder / file).exists()), None)
+    if path is None and (folder / "model" / "config.json").exists():
+        raise UserError(f"{folder} is a run: did you mean its network, {Path(name_or_folder) / 'model'}?")
     if path is None:
         raise UserError(
-            f"no model in {name_or_folder}: give one of {', '.join(SIZES)}, a folder with OpenAI's "
-            "hparams.json and model.ckpt files, or one with config.json and model.safetensors"
+            f"no model in {folder}: give one of {', '.join(SIZES)}, a folder with OpenAI's hparams.json and "
+            "model.ckpt files, or one with config.json and model.safetensors"
         )
     try:
-        h = json.loads(path.read_bytes())
-        vocab_size, block_size, n_head, n_embd, n_layer = (h[key] for key in SHAPE_FILES[path.name])
-        if type(n_layer) is not int or not 0 < n_layer < 1000:
-            raise ValueError(f"n_layer must be a positive whole number, not {n_layer!r}")
-        generation = h.get("generation", (0,) * n_layer)
+        h = dict(json.loads(path.read_bytes()))
         for key, value in FIXED.items():
             if h.get(key, value) != value:
-                raise ValueError(f"{key} is {h[key]!r}, and {value!r} in this GPT-2")
-        if len(generation) != n_layer:
-            raise ValueError(f"generation has {len(generation)} entries for {n_layer} layers")
+                raise UserError(f"{key} is {h[key]!r}, another architecture: give one with {value!r}")
+        vocab_size, block_size, n_head, n_embd, n_layer = (h[key] for key in SHAPE_FILES[path.name])
+        if type(n_layer) is not int or not 0 < n_layer < 1000:
+            raise UserError(f"n_layer must be a whole number from 1 to 999, not {n_layer!r}")
+        generation = h.get("generation", [0] * n_layer)
+        if type(generation) is not list or len(generation) != n_layer:
+            raise UserError(f"generation must hold one number for each of {n_layer} layers")
         return GPTConfig(vocab_size, block_size, n_head, n_embd, generation)
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from e
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: damaged or not a GPT-2's ({type(e).__name__}: {e})") from e
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    except KeyError as e:
+        raise UserError(f"{path} lacks {e}: add it, or give the folder of a GPT-2") from e
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: damaged ({e})") from e
 
 
 def fetch_gpt2(name):
@@ -535,13 +545,13 @@ def fetch_gpt2(name):
         try:
             for file, length in files.items():
                 where = [url.format(name=name, size=size, revision=revision, file=file) for url in urls]
-                data.fetch(where, folder / file, length, sha256.get(file))
+                data.fetch(where, folder / file, length, sha256.get(file), remedy="")
             shape = dict(zip(SHAPE_FILES[shape_file], (50257, 1024, n_head, n_embd, n_layer)))
             (folder / shape_file).write_text(json.dumps(shape))
             return folder
         except UserError as e:
             faults.append(str(e))
     raise UserError(
-        f"{'; '.join(faults)}. Without a network, put {INDEX}, {DATA} into {openai} by hand, or "
-        f"model.safetensors into {huggingface}, or run `python train.py demo`, which needs no download"
+        f"check the network, or run `python train.py demo`, which needs none, or put {INDEX}, {DATA} into "
+        f"{openai} by hand, or model.safetensors into {huggingface}: {'; '.join(faults)}"
     )

@@ -2,8 +2,8 @@
 
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
     python train.py demo            the same program on embedded text: no network, two minutes on a CPU
-    python train.py best            the card's task with what the study found best
-    python train.py demo best --seed=2              presets first, then options
+    python train.py replay          the card's task with what the study found best where old text is at hand
+    python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
     torchrun --standalone --nproc_per_node=2 train.py demo      several processes, the same global batch
 
@@ -62,7 +62,7 @@ class Options:
     max_steps: int = option(2000, "optimizer steps", 1)
     batch_size: int = option(8, "rows per micro-step, over all processes together", 1)
     grad_accum: int = option(1, "micro-steps per optimizer step", 1)
-    lr: float = option(5e-5, "learning rate of AdamW", 0)
+    lr: float = option(5e-5, "learning rate of AdamW", 1e-12)
     lr_schedule: str = option("constant", "or cosine to 0 at max_steps", "constant", "cosine")
     warmup_steps: int = option(0, "steps of linear warm-up", 0)
     weight_decay: float = option(0.01, "of matrices and embeddings", 0)
@@ -91,7 +91,7 @@ class Options:
     # measuring and saving
     eval_every: int = option(100, "steps between evaluations", 1)
     eval_windows: int = option(64, "windows of the validation split in each (0: all)", 0)
-    test_windows: int = option(0, "windows of the test splits at the end (0: all)", 0)
+    test_windows: int = option(2500, "windows of each test split at the end (0: all)", 0)
     log_every: int = option(10, "steps between log lines", 1)
     save_every: int = option(500, "steps between checkpoints; one more at the end and on Ctrl-C", 1)
     out: str = option("", "run folder (empty: out/PRESET and the options given)")
@@ -101,6 +101,8 @@ class Options:
     dtype: str = option("auto", "what autocast computes in", "auto", "float32", "bfloat16", "float16")
     compile: str = option("auto", "auto: on CUDA", "auto", "0", "1")
     cache_dir: str = option("", "downloads and tokens (empty: ~/.cache/growing-gpt)")
+
+    typed = {}  # what the command line gave, beyond presets
 
     @property
     def starts_growing(self):
@@ -134,7 +136,7 @@ PRESETS = {
         grow_every=130, max_growths=2, eval_every=50, log_every=25, save_every=100, eval_windows=100,
         test_windows=400, dtype="float32",
     ),
-    "best": dict(freeze="none", replay=0.2),
+    "replay": dict(freeze="none", replay=0.25),
 }
 # What may differ when a run is resumed: it changes at most the rounding of what is computed.
 MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_every", "cache_dir",
@@ -163,6 +165,9 @@ def parse(argv):
                 typed[name] = fields[name].type(value if equals else "yes")  # --resume alone means yes
             except ValueError:
                 raise UsageError(f"--{name}={value} must be a number, {fields[name].type.__name__}") from None
+        elif name in PRESETS:
+            first = f"presets come first: python train.py {name} --option=value ..."
+            raise UsageError(f"{word!r}: {name} is a preset, and {first}")
         elif not word.startswith("-"):
             raise UsageError(f"unknown preset {word!r}: give {', '.join(PRESETS)}, then --name=value ...")
         else:
@@ -175,7 +180,9 @@ def parse(argv):
         name = "-".join(words or ["card"]) + re.sub(r"[^\w.=-]", "_", differs)
         digest = hashlib.sha256(differs.encode()).hexdigest()[:8]
         values["out"] = "out/" + (name if len(name) <= 120 else f"{name[:100]}-{digest}")
-    return Options(**values)
+    o = Options(**values)
+    o.typed = typed
+    return o
 
 
 def as_typed(values):
@@ -201,6 +208,7 @@ def check(o, world=1):
     for name, rows in {"batch_size": o.batch_size, "kd_rows": o.distilled}.items():
         need(rows % world == 0, f"--{name}={rows} must be a multiple of the {world} processes")
     rows, grows, on_old = o.batch_size * o.grad_accum, o.max_growths > 0, o.kd_weight and o.kd_on == "retain"
+    nearest = min(max(round(o.replay * rows), 1), rows - 1)
     # fmt: off
     refused = {
         "--dataset must name a text: wikitext2, webtext, docs, code or a file": o.dataset == "none",
@@ -208,18 +216,33 @@ def check(o, world=1):
         "distillation shares blocks with its teacher: use --dropout=0": o.dropout and o.kd_weight,
         "--ewc_lambda, --replay and --kd_on=retain need old text: name it with --retain":
             o.retain == "none" and (o.ewc_lambda or o.replay or on_old),
-        f"--replay={o.replay} of {rows} rows is none or all of them":
-            o.replay and not 0 < round(o.replay * rows) < rows,
+        f"--replay={o.replay} of {rows} rows is not a whole number of rows: give --replay={nearest / rows:g}":
+            o.replay and not math.isclose(o.replay * rows, nearest),
+        f"--retain={o.retain} is --dataset, too: what is learned is not old text": o.retain == o.dataset,
         "--ewc_lambda would weigh nothing: with --first_growth=0 the originals never train":
             o.ewc_lambda and o.originals_never_train,
-        f"the first growth is due at step {o.starts_growing}, after --max_steps={o.max_steps}: lower "
-        "--grow_every, or give --max_growths=0": grows and o.starts_growing > o.max_steps,
+        f"the first growth is due at step {o.starts_growing}, at or after --max_steps={o.max_steps}: lower "
+        "--grow_every or --first_growth, or give --max_growths=0": grows and o.starts_growing >= o.max_steps,
         "a plateau needs evaluations within its patience and steps beyond it: --eval_every <= --patience < "
         "--max_steps": grows and o.trigger == "plateau" and not o.eval_every <= o.patience < o.max_steps,
     }
     # fmt: on
     for sentence, is_so in refused.items():
         need(not is_so, sentence)
+    useful = {  # options that do nothing without another
+        "--init=scratch": ("n_layer n_head n_embd tokenizer", o.init == "scratch"),
+        "--max_growths of 1 or more": ("trigger grow_every first_growth where block_init", grows),
+        "--trigger=schedule": ("grow_every", o.trigger == "schedule"),
+        "--trigger=plateau": ("patience min_delta", grows and o.trigger == "plateau"),
+        "--kd_weight": ("kd_temperature kd_on", o.kd_weight),
+        "--kd_weight and --kd_on=retain or dream": ("kd_rows", o.distilled),
+        "--kd_weight and --kd_on=dream": ("dreams", o.kd_weight and o.kd_on == "dream"),
+        "--ewc_lambda": ("ewc_batches", o.ewc_lambda),
+        "--max_growths of 1 or more, or topN": ("freeze", grows or o.freeze.startswith("top")),
+    }
+    for condition, (names, met) in useful.items():
+        for name in o.typed.keys() & names.split():
+            need(met, f"--{name} does nothing without {condition}: leave it out")
     ev.choose_machine(o.device, o.dtype)
     rehearse(o)
 
@@ -261,7 +284,9 @@ def find_checkpoint(o, world):
     has_checkpoint = (out / "ckpt.pt").exists()
     begun = has_checkpoint or (out / "metrics.jsonl").exists()
     need(not begun or o.resume != "no", f"{out} holds a run: go on with --resume, or give another --out")
-    need(begun or o.resume != "yes", f"nothing to resume in {out}: leave out --resume, or give its --out")
+    runs = ", ".join(sorted(str(path.parent) for path in out.parent.glob("*/metrics.jsonl"))[:5]) or "none"
+    here = f"nothing to resume in {out.absolute()} (runs beside it: {runs})"
+    need(begun or o.resume != "yes", f"{here}: leave out --resume, or name the run's folder with --out")
     if has_checkpoint:
         saved = data.load_checkpoint(out / "ckpt.pt")
         compare_options(o, saved["options"])
@@ -381,6 +406,7 @@ def train(o):
     names = {"learn": o.dataset, "retain": o.retain}
     texts = {key: None if name == "none" else data.load(name, base.config.vocab_size, o.block_size)
              for key, name in names.items()}  # fmt: skip
+    lock = data.lock_run(out) if rank == 0 else None  # a second process is refused
 
     # ----- set-up: what keeps the old, from the pretrained network -----
     ewc = dreams = teacher = None
@@ -422,8 +448,10 @@ def train(o):
 
     optimizer, ddp, step_flops = rebuild()
     step, flops, train_seconds, log = 0, 0, 0.0, []
+    command = shlex.join(["python", "train.py", *sys.argv[1:]])
     if saved:
         step, flops, train_seconds, log = (saved[k] for k in ("step", "flops", "train_seconds", "log"))
+        log[0] |= {"command": command, "config": asdict(o)}  # of the last start
         began -= saved["seconds"]
         grow.load_optimizer_state(model, optimizer, saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
@@ -470,14 +498,15 @@ def train(o):
     if not saved:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         note(
-            "header", command=shlex.join(["python", "train.py", *sys.argv[1:]]), config=asdict(o),
+            "header", command=command, config=asdict(o),
             versions=versions | {"numpy": np.__version__}, machine=machine, processes=world,
             init_sha256=init_sha256, layers=model.config.n_layer, parameters=sizes()["parameters"],
             vocab_size=model.config.vocab_size,
             tokens={key: {k: len(ids) for k, ids in (text or {}).items()} for key, text in texts.items()},
             sha256={key: text and data.sha256(text.values()) for key, text in texts.items()},
         )  # fmt: skip
-    say("\n".join([as_typed(asdict(o)), *machine]))
+    typed = as_typed(o.typed) or "as the preset has them"
+    say("\n".join([f"options: {typed} (all of them are in {out}/metrics.jsonl)", *machine]))
     say(f"{log[0]['layers']} layers, {log[0]['parameters']:,} parameters; learn {o.dataset}, "
         f"{len(texts['learn']['train']):,} training tokens; retain {o.retain}")  # fmt: skip
     if saved:
@@ -491,7 +520,7 @@ def train(o):
         stopped_by = max(signals, default=0)
         if world > 1:  # all ranks stop at the same step
             stopped_by = max(gather(stopped_by, world)) if step % o.log_every == 0 else 0
-        room = len(events) < o.max_growths and step >= o.starts_growing
+        room = len(events) < o.max_growths and o.starts_growing <= step < o.max_steps
         due = room and o.trigger == "schedule" and grow.scheduled(step, o.starts_growing, o.grow_every)
         measures = last or due or step % o.eval_every == 0
         saves = last or stopped_by or (step % o.save_every == 0 and step != resumed_at)
@@ -516,12 +545,13 @@ def train(o):
                     "--dtype=float32"
                 )
             if logs:
-                note("step", step=step - 1, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=norm, ms=ms)
+                finite_norm = norm if math.isfinite(norm) else None
+                note("step", step=step - 1, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=finite_norm, ms=ms)
                 terms = (f" kd {kd:.4f}" if teacher else "") + (f" ewc {penalty:.2e}" if ewc else "")
                 speed, trains = 1000 * rows * o.block_size / ms, sizes()["trainable"] / 1e6
                 say(f"step {step - 1}/{o.max_steps} loss {nll:.4f}{terms} lr {lr:.1e} norm {norm:.2f} "
-                    f"{ms:.0f} ms {speed:,.0f} tok/s depth {model.config.n_layer} "
-                    f"trainable {trains:.1f}M")  # fmt: skip
+                    f"{ms:.0f} ms {speed:,.0f} tok/s depth {model.config.n_layer} trainable {trains:.1f}M "
+                    f"{ev.duration((o.max_steps - step) * ms / 1000)} left")  # fmt: skip
 
         # --- measure, unless a run that was stopped here has done it
         if measures and not (evals and evals[-1]["step"] == step):
@@ -530,20 +560,22 @@ def train(o):
             say(f"step {step}/{o.max_steps} validation: {said}")
 
         # --- grow, unless done, and prove that it changed nothing: logits are bitwise what they were
-        if room and o.trigger == "plateau" and evals[-1]["step"] == step:
-            history, grown_at = [(e["step"], e["learn"]) for e in evals], events[-1]["step"] if events else 0
+        if room and o.trigger == "plateau" and step % o.eval_every == 0:
+            grown_at = events[-1]["step"] if events else 0
+            # Without what a resumed run measured at its old end: growths fall as if it had not ended there.
+            history = [(e["step"], e["learn"]) for e in evals if e["step"] % o.eval_every == 0]
             due = grow.plateau(history, o.patience, o.min_delta, grown_at) or step == o.first_growth == 0
         if due and not (events and events[-1]["step"] == step):
             before, layers, size = evals[-1], model.config.n_layer, sizes()["parameters"]
             expected = logits()
             at = grow.placement(o.where, model, len(events), o.max_growths)
             torch.manual_seed(o.seed * 1_000_003 + step)  # for --block_init=fresh
-            block = grow.insert_block(model, at, o.block_init)
+            grow.insert_block(model, at, o.block_init)
             grow.freeze(model, o.freeze)
             if not torch.equal(expected, logits()):
                 raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
             if compiles:
-                block.compile(dynamic=False)
+                grow.compile_blocks(model)
             optimizer, ddp, step_flops = rebuild(optimizer)
             after, now, depth = measure(), sizes(), model.config.n_layer
             added = now["parameters"] - size
@@ -555,6 +587,8 @@ def train(o):
             ))  # fmt: skip
             say(f"step {step}: grew {layers} -> {depth} layers at index {at}, +{added:,} parameters, logits "
                 f"bitwise equal, validation loss {before['learn']:.4f} -> {after['learn']:.4f}")  # fmt: skip
+            if ewc and not ewc.weighs(model):
+                say("EWC weighs nothing from here on: every parameter that it holds is frozen")
 
         # --- save; at step 0, too, so that a folder that cannot be written is found before work is lost
         if saves and rank == 0:
@@ -566,7 +600,10 @@ def train(o):
                 "train_seconds": train_seconds, "seconds": time.perf_counter() - began,
             })  # fmt: skip
         if stopped_by:
-            say(f"stopped at step {step}, saved in {out}: --resume continues it")
+            how = "run the same command again" if o.resume == "auto" else "--resume continues it"
+            say(f"stopped at step {step}, saved in {out}: {how}")
+            if lock:
+                lock.close()
             sys.exit(128 + stopped_by)
         if last:
             break
@@ -612,13 +649,17 @@ def train(o):
         "result", layers=model.config.n_layer, **sizes(), **result, best=min(e["learn"] for e in evals),
         train_seconds=train_seconds, seconds=time.perf_counter() - began,
         block_use={str(g): u for g, u in zip(model.config.generation, use) if g > 0},
-        protocol=ev.protocol(o.test_windows, o.block_size, dtype),
+        protocol=ev.protocol("test", o.block_size, device, dtype),
     )  # fmt: skip
     if rank == 0:
         log_file.close()
         run = ev.read_run(out)
         model.save_pretrained(out / "model", ev.model_card(run))
         say("\n" + ev.report(run))
+        if len(events) < o.max_growths:
+            ended = f"the run ended at step {step} before the next was due"
+            why = ended if o.trigger == "schedule" else "the validation loss kept falling"
+            say(f"{len(events)} of {o.max_growths} growths happened: {why}")
 
 
 def smaller_batch(o, world):
@@ -648,6 +689,10 @@ def main(argv):
         if o.init == f"{PRETRAINED}/model":
             pretrain(o, world)
         train(o)
+    except KeyboardInterrupt:  # the loop notes Ctrl-C and saves: this came before it, or behind it
+        if (Path(o.out) / "ckpt.pt").exists():
+            print(f"stopped; {o.out} is saved: --resume goes on, and redoes the tables", file=sys.stderr)
+        raise
     except (RuntimeError, MemoryError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
             raise

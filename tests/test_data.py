@@ -93,8 +93,8 @@ def test_unknown_vocabulary_is_refused():
 # ----- token files -----
 
 
-def ids_of(text, name="text"):
-    return data._tokens(name, "train", text, data.BYTES)
+def ids_of(text):
+    return data.tokens_of(text, data.BYTES)
 
 
 def test_token_file_is_made_once_and_holds_what_it_says(tmp_path, monkeypatch):
@@ -228,6 +228,44 @@ def test_unknown_name_is_refused():
     assert e.value.status == 2
 
 
+def test_built_in_name_that_is_here_too(tmp_path, monkeypatch, capsys):
+    """A folder called docs does not change what docs means: one sentence says so; ./docs is the folder."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("mine\n" * 400)
+    monkeypatch.chdir(tmp_path)
+    data.check_name("docs")
+    data.check_name("./docs")
+    data.check_name("code")
+    assert capsys.readouterr().err == "docs is the built-in text: to take what is here, write ./docs\n"
+    topic = data.load("docs", data.BYTES, 8)["test"]
+    assert data.decode(topic, data.BYTES) == data.docs()["test"]
+    assert set(data.decode(data.load("./docs", data.BYTES, 8)["test"], data.BYTES)) == set("mine\n")
+
+
+def test_text_of_one_line_is_refused_with_the_reason(tmp_path):
+    """All of it would be train: say how a text is split. A short text of several lines has another fault."""
+    path = tmp_path / "one.txt"
+    for text in ("no end " * 999, "one end " * 999 + "\n"):
+        path.write_text(text)
+        with pytest.raises(data.UserError, match="split at line ends, 90/5/5, and this one has one line"):
+            data.load(str(path), data.BYTES, 8)
+    path.write_text("two\nlines\n")
+    with pytest.raises(data.UserError, match="split at line ends, 90/5/5$"):
+        data.load(str(path), data.BYTES, 8)
+
+
+def test_folder_without_a_text_is_refused_before_anything(tmp_path, monkeypatch):
+    """Empty, or full of another kind of file: say which kinds are read, and where we looked."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "manual").mkdir()
+    for count in range(3):
+        with pytest.raises(data.UsageError, match=rf"{tmp_path}/manual has {count} files.*\.txt, \.md, \.py"):
+            data.check_name("manual")
+        (tmp_path / "manual" / f"{count}.rst").write_text("text\n" * 99)
+    with pytest.raises(data.UsageError, match=f"no file {tmp_path}/nowhere.txt"):
+        data.check_name("nowhere.txt")
+
+
 def test_docs_and_code_are_the_whole_text_of_this_python():
     """The embedded texts need no network, lose or double no line, and are split 90/5/5."""
     folder = Path(os.__file__).parent  # the standard library
@@ -322,12 +360,82 @@ def test_webtext_trains_on_valid_and_measures_on_test(tmp_path, monkeypatch):
         data.webtext()
 
 
+def test_webtext_is_tokenised_twice_not_three_times(tmp_path, monkeypatch):
+    """val and test are one text, of 3 million tokens."""
+    for split in data.WEBTEXT_BYTES:
+        rows = json.dumps({"text": split * 99}) + "\n"
+        (tmp_path / "cache" / f"webtext.{split}.jsonl").write_text(rows)
+        monkeypatch.setitem(data.WEBTEXT_BYTES, split, len(rows))
+    encode, seen = data.encode, []
+    monkeypatch.setattr(data, "encode", lambda text, *args: seen.append(text) or encode(text, *args))
+    tokens = data.load("webtext", data.BYTES, 8)
+    assert seen == ["valid" * 99, "test" * 99]
+    assert tokens["val"].tolist() == tokens["test"].tolist() == list(b"test" * 99)
+
+
 def test_lambada_rows(tmp_path, monkeypatch):
     """The passages as they are, each for itself."""
     raw = b'{"text": "one two"}\n{"text": "three \\u00e9"}\n'
     (tmp_path / "cache" / "lambada_test.jsonl").write_bytes(raw)
     monkeypatch.setattr(data, "LAMBADA", (len(raw), hashlib.sha256(raw).hexdigest()))
     assert data.lambada() == ["one two", "three é"]
+
+
+# ----- what a run writes -----
+
+
+def test_checkpoint_of_another_format_is_not_called_damaged(tmp_path):
+    """An older version's ckpt.pt is whole: say which format is read and what can be done with the run."""
+    for value, found in (({"version": 2}, "2"), ({"model": {}}, "None"), ([1], "None")):
+        torch.save(value, tmp_path / "ckpt.pt")
+        with pytest.raises(data.UserError, match=f"ckpt.pt has format {found}, and only") as e:
+            data.load_checkpoint(tmp_path / "ckpt.pt")
+        assert f"--init={tmp_path / 'model'}" in str(e.value) and "damaged" not in str(e.value)
+    with pytest.raises(FileNotFoundError):
+        data.load_checkpoint(tmp_path / "no.pt")
+
+
+def test_log_is_strict_json(tmp_path):
+    """JSON has no NaN and no Infinity, and many programs refuse them: they never get into a log."""
+    path, rows = tmp_path / "metrics.jsonl", [{"kind": "step", "loss": 1.5, "norm": None}]
+    with data.open_log(path, rows) as log:
+        log.write(data.json_line({"kind": "eval"}))
+    assert data.read_jsonl(path) == [*rows, {"kind": "eval"}]
+    before = path.read_bytes()
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            data.json_line({"loss": {"base": bad}})
+        with pytest.raises(ValueError, match="JSON"):
+            data.open_log(path, [*rows, {"loss": bad}])
+        assert path.read_bytes() == before
+        (tmp_path / "bad.jsonl").write_text(json.dumps({"loss": bad}))
+        with pytest.raises(data.UserError, match=r"bad.jsonl, line 1: not JSON"):
+            data.read_jsonl(tmp_path / "bad.jsonl")
+
+
+HOLD = "import sys, time, data; lock = data.lock_run(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="no file locks on this system")
+def test_second_process_in_a_run_is_refused_until_the_first_is_gone(tmp_path):
+    """Two processes would interleave one log. A kill leaves nothing to clean up."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(data.UserError, match=f"another process is training in {tmp_path}: wait.*--out"):
+            data.lock_run(tmp_path)
+        first.kill()
+    with data.lock_run(tmp_path):
+        with pytest.raises(data.UserError):
+            data.lock_run(tmp_path)
+    data.lock_run(tmp_path).close()
+
+
+def test_system_without_locks_says_so(tmp_path, monkeypatch, capsys):
+    """On Windows, and on disks that have no locks, a run goes on with one sentence."""
+    monkeypatch.setattr(data, "fcntl", None)
+    for _ in range(2):
+        data.lock_run(tmp_path).close()
+        assert "do not start a second process" in capsys.readouterr().err
 
 
 # ----- batches -----

@@ -128,6 +128,7 @@ def refused(urls, path, *reasons, size=SIZE, sha256=SHA256):
         fetch(urls, path, size, sha256)
     for words in (path.name, str(path.parent), *urls, *reasons):
         assert words in str(e.value), (words, str(e.value))
+    assert str(e.value).startswith(f"check the network, or put {path.name} into {path.parent} by hand: ")
     assert (path.read_bytes() if path.exists() else None) == before, "an unverified file got the name"
     part = path.with_name(path.name + ".part")
     assert not part.exists() or (BODY.startswith(part.read_bytes()) and part.stat().st_size > 210)
@@ -356,6 +357,7 @@ def test_train_without_a_network(tmp_path):
     assert p.returncode == 1 and "Traceback" not in p.stdout + p.stderr
     errors = [line for line in p.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and p.stderr.rstrip().endswith(errors[0])
+    assert errors[0].startswith("error: check the network, or run `python train.py demo`, which needs none")
     folder = tmp_path / "cache"
     for words in (
         "https://openaipublic.blob.core.windows.net/gpt-2/models/124M/model.ckpt.index",
@@ -382,6 +384,7 @@ def test_tokenizer_without_a_network(tmp_path, monkeypatch):
     names |= {"encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}
     for words in ("TIKTOKEN_CACHE_DIR", str(tmp_path), *names, *names.values(), data.ENCODINGS):
         assert words in str(e.value), (words, str(e.value))
+    assert str(e.value).startswith("check the network, or put vocab.bpe and encoder.json from")
 
 
 @needs_tiktoken

@@ -84,7 +84,6 @@ def test_a_new_block_is_one_generation_younger_than_all_others():
     assert model.config.generation == (0, 5, 4, 2, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="next issue: `insert_block` follows the model's dtype")
 @pytest.mark.parametrize("init", ["copy", "fresh"])
 def test_insertion_into_a_bfloat16_network_keeps_the_logits_bitwise(init):
     model = small().bfloat16()

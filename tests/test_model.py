@@ -13,6 +13,7 @@ from conftest import FIXTURES, ROOT, SHARED, needs_tiktoken
 from openai_format import write_openai_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_tensors
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import data
@@ -255,6 +256,93 @@ def test_hugging_faces_mirror_is_read(tmp_path):
     again = GPT.from_pretrained(tmp_path)
     for (name, p), q in zip(ours.named_parameters(), again.parameters()):
         assert q.dtype == torch.float32 and torch.equal(p.half().float(), q), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", [torch.uint8, torch.bool, torch.float32])
+def test_masks_and_precisions_that_transformers_loads(tmp_path, dtype, mask):
+    """Older versions of transformers saved causal masks in bytes; newer checkpoints have bfloat16 weights."""
+    ours = grown_model()
+    ours.save_pretrained(tmp_path)
+    named = {n: p.detach().t() if m.is_linear(n) else p.detach() for n, p in ours.named_parameters()}
+    state = {f"transformer.{n}": p.to(dtype).contiguous() for n, p in named.items()}
+    for i in range(4):
+        state[f"transformer.h.{i}.attn.bias"] = torch.ones(16, 16, dtype=mask).tril()[None, None]
+        state[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    save_tensors(state, tmp_path / "model.safetensors")
+    again = GPT.from_pretrained(tmp_path).eval()
+    for (name, p), q in zip(ours.named_parameters(), again.parameters()):
+        assert q.dtype == torch.float32 and torch.equal(p.to(dtype).float(), q), name
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    idx = torch.randint(257, (2, 16))
+    assert (again(idx)[0] - theirs(idx).logits).abs().max() < 1e-5
+
+
+def without_damage(folder):
+    """The sentence with which a whole checkpoint of another kind is refused."""
+    with pytest.raises(data.UserError) as e:
+        GPT.from_pretrained(folder)
+    assert str(folder) in str(e.value) and "damaged" not in str(e.value)
+    return str(e.value)
+
+
+def test_dtype_that_is_not_read_is_not_called_damaged(tmp_path):
+    """Say what it is and what to do. Bytes are read as masks only: as weights they would be nonsense."""
+    grown_model().save_pretrained(tmp_path)
+    path, name = tmp_path / "model.safetensors", "h.1.ln_1.bias"
+    good = load_file(path)
+    for dtype, said in ((np.float64, "F64"), (np.uint8, "U8"), (np.int64, "I64")):
+        save_file(good | {name: good[name].astype(dtype)}, path)
+        assert f"{name} is stored as {said}: convert it to F32 or F16 or BF16" in without_damage(tmp_path)
+
+
+def test_config_of_another_architecture_is_not_called_damaged(tmp_path):
+    """Another model type, a key that is missing, a number that cannot be: each has a sentence of its own."""
+    grown_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for change, says in (
+        ({"model_type": "llama"}, "model_type is 'llama', another architecture"),
+        ({"activation_function": "relu"}, "activation_function is 'relu', another architecture"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"n_head": 3}, "n_embd=8 must be a multiple of n_head=3"),
+        ({"n_layer": 0}, "n_layer must be a whole number from 1 to 999, not 0"),
+        ({"generation": [0, 1]}, "generation must hold one number for each of 4 layers"),
+        ({"generation": None}, "generation must hold one number"),
+    ):
+        path.write_text(json.dumps(config | change))
+        assert says in without_damage(tmp_path)
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "n_head"}))
+    assert "config.json lacks 'n_head': add it" in without_damage(tmp_path)
+    path.write_text(json.dumps(config)[:-9])
+    with pytest.raises(data.UserError, match="config.json: damaged"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_untied_head_is_refused(tmp_path):
+    """A head that is not the token embedding would be dropped, and the logits be others."""
+    grown_model().save_pretrained(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    head = arrays["wte.weight"].copy()
+    save_file(arrays | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    GPT.from_pretrained(tmp_path)
+    head[3, 4] += 1e-6
+    save_file(arrays | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert "lm_head.weight is not wte.weight" in without_damage(tmp_path)
+
+
+def test_run_instead_of_its_network(tmp_path, monkeypatch):
+    """--init=out/x for out/x/model: say which folder is meant, and where we looked."""
+    grown_model().save_pretrained(tmp_path / "out" / "x" / "model")
+    (tmp_path / "out" / "x" / "metrics.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    for name in ("out/x", "out/x/"):
+        with pytest.raises(data.UserError, match=f"{tmp_path}/out/x is a run.*did you mean.* out/x/model"):
+            m.read_config(name)
+    with pytest.raises(data.UserError, match=f"no model in {tmp_path}/out: give one of gpt2, "):
+        m.read_config("out")
+    assert m.read_config("out/x/model").generation == (0, 1, 0, 2)
 
 
 @needs_tiktoken

@@ -1,13 +1,7 @@
-"""What the rewrite of train.py promises to change, one test a sentence, written before the rewrite.
+"""What the program promises whoever uses it, a sentence a test: in numbers, in growing, in words.
 
-    python -m pytest tests/test_promises.py -q
-    python -m pytest tests/test_promises.py -q --runxfail     why each promise is not kept yet
-
-A test that is marked as promised fails with the program as it is. The mark is strict: the commit that keeps
-the promise must take the mark away, and the test then stays as an ordinary one. Only a failed comparison, a
-missing refusal or another sentence than expected counts as failing, so that a broken test is no promise.
-The tests touch the program only through train.main, eval.main, its files and its public names.
-"""
+Each test is marked with the sentence that it holds the program to. They touch the program only through
+train.main, eval.main, its files and its public names."""
 
 import contextlib
 import io
@@ -42,9 +36,7 @@ from model import GPT, GPTConfig
 
 
 def promised(sentence):
-    """The mark of a test that fails until this sentence is true."""
-    kinds = (AssertionError, pytest.fail.Exception, UserError)
-    return pytest.mark.xfail(strict=True, reason=sentence, raises=kinds)
+    return pytest.mark.promise(sentence)
 
 
 # ----- what the tests share -----

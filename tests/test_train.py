@@ -353,11 +353,11 @@ BAD = [
     ("--kd_weight=1 --dropout=0.1", "--dropout=0"),
     ("--ewc_lambda=1 --first_growth=0", "would weigh nothing"),
     ("--ewc_lambda=1 --retain=none", "--retain"),
-    ("--init=nowhere", "no model in nowhere"),
+    ("--init=nowhere", "no model in"),
     ("--init=scratch --n_embd=10 --n_head=3", "multiple of n_head"),
-    ("--dataset=nothing.txt", "no data set or file"),
+    ("--dataset=nothing.txt", "no data set 'nothing.txt', and no file"),
     ("--dataset=none", "--dataset"),
-    ("--retain=nothing.txt", "no data set or file"),
+    ("--retain=nothing.txt", "no data set 'nothing.txt', and no file"),
     ("--device=tpu", "auto, cpu, cuda, mps"),
     ("--dtype=int8", "float32"),
     ("--compile=yes", "auto, 0, 1"),
@@ -384,10 +384,10 @@ def test_exit_status_and_one_line_on_stderr():
 
 
 def test_options_are_parsed_presets_first():
-    o = train.parse(["demo", "best", "--seed=3", "--lr=1e-4", "--resume"])
+    o = train.parse(["demo", "replay", "--seed=3", "--lr=1e-4", "--resume"])
     assert (o.init, o.dataset, o.seed, o.lr, o.resume) == ("out/pretrained/model", "code", 3, 1e-4, "yes")
-    assert o.replay == train.PRESETS["best"]["replay"]
-    assert o.out == "out/demo-best-seed=3-lr=0.0001"
+    assert o.replay == train.PRESETS["replay"]["replay"]
+    assert o.out == "out/demo-replay-seed=3-lr=0.0001"
     assert train.parse([]).out == "out/card"
     assert dataclasses.replace(train.parse(["card"]), out="") == train.Options()
     long = train.parse([f"--dataset={'x' * 300}"])
