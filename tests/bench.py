@@ -174,11 +174,12 @@ def variants(kinds):
 
 
 def number(value, form=".1f"):
-    return ev.number(value, form)
+    return "-" if value is None else format(value, form)
 
 
 def markdown(head, rows):
-    return ev.markdown([list(zip(head, row)) for row in rows]) if rows else "nothing was measured"
+    cells = [[(name, cell, "") for name, cell in zip(head, row)] for row in rows]
+    return ev.markdown(cells) if rows else "nothing was measured"
 
 
 def table(results, baseline, *columns):

@@ -1,6 +1,6 @@
 """The study: what learns most and forgets least, at the demo's size. One line per arm, three seeds each.
 
-    python tests/study.py                     run what is missing, then print the tables (two runs at a time)
+    python tests/study.py                     run what is missing, two at a time; print and write OUT/study.md
     python tests/study.py --out=out/study --workers=2 --seeds=0,1,2
     python eval.py out/study/*-seed0 --plot=frontier.png
 
@@ -25,18 +25,18 @@ ZERO = "--first_growth=0 --grow_every=1"  # both blocks before the second step: 
 ARMS = {
     "full fine-tuning": "--max_growths=0",
     "full + EWC": "--max_growths=0 --ewc_lambda=10",
-    "full + replay": "--max_growths=0 --replay=0.2",
+    "full + replay": "--max_growths=0 --replay=0.1875",
     "full + KD retain": "--max_growths=0 --kd_weight=1 --kd_on=retain",
     "top 2 unfrozen": "--max_growths=0 --freeze=top2",
     "card": "",
     "card, lr 4e-3": "--lr=4e-3",
     "card + KD retain": "--kd_weight=1 --kd_on=retain",
-    "nothing frozen + replay": "--freeze=none --replay=0.2",
+    "nothing frozen + replay": "--freeze=none --replay=0.1875",
     "zero, top": f"{ZERO} --where=top",
     "zero, spread": f"{ZERO} --where=spread",
     "zero, upper": ZERO,
     "zero, fresh": f"{ZERO} --block_init=fresh",
-    "zero + replay": f"{ZERO} --replay=0.2",
+    "zero + replay": f"{ZERO} --replay=0.1875",
     "zero + KD train": f"{ZERO} --kd_weight=1 --kd_on=train",
     "zero + KD retain": f"{ZERO} --kd_weight=1 --kd_on=retain",
     "zero + KD dream": f"{ZERO} --kd_weight=1 --kd_on=dream",
@@ -99,12 +99,12 @@ def table(out, seeds, target):
         at = [retained_at(run["eval"], target) for run in runs]
         start = runs[0]["eval"][0]["retain"]
         rows.append([
-            ("arm", arm), ("options", f"`{options}`"), ("runs", len(runs)),
-            ("learn, test loss", spread([x["learn"]["grown"] for x in r])),
-            ("forgetting", spread([ev.forgetting(x) for x in r])),
-            ("KL", spread([x["retain"]["kl"] for x in r])),
-            (f"forgetting at learn = {target}", spread([None if a is None else a - start for a in at])),
-            ("trainable", f"{r[0]['trainable'] / 1e6:.2f}M"),
+            ("arm", arm, ""), ("options", f"`{options}`", ""), ("runs", len(runs), ""),
+            ("learn, test loss", spread([x["learn"]["grown"] for x in r]), ""),
+            ("forgetting", spread([ev.forgetting(x) for x in r]), ""),
+            ("KL", spread([x["retain"]["kl"] for x in r]), ""),
+            (f"forgetting at learn = {target}", spread([None if a is None else a - start for a in at]), ""),
+            ("trainable", f"{r[0]['trainable'] / 1e6:.2f}M", ""),
         ])  # fmt: skip
     return ev.markdown(rows) if rows else "no finished run"
 
@@ -124,7 +124,10 @@ def main():
         for job, status in zip(jobs, pool.map(lambda job: run(a.out, *job), jobs)):
             if status:
                 print(f"{job}: exit status {status}, see {folder(a.out, *job)}/stdout.txt", file=sys.stderr)
-    print(table(a.out, a.seeds, a.target))
+    text = table(a.out, a.seeds, a.target)
+    print(text)
+    a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / "study.md").write_text(f"`python tests/study.py`\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -78,3 +78,15 @@ def test_files_named_in_the_readme_exist():
     for name in re.findall(r"[`(]((?:tests/)?\w+\.(?:py|md|txt|png))[`)]", TEXT):
         if not name.startswith(("metrics", "notes", "losses", "frontier")):
             assert (ROOT / name).exists(), name
+
+
+def test_the_excerpt_of_the_loop_is_the_loop():
+    """In its order, with what is left out marked by dots."""
+    source = iter(line.strip() for line in (ROOT / "train.py").read_text(encoding="utf-8").splitlines())
+    (excerpt,) = re.findall(r"```python\n(while True.*?)```", TEXT, re.S)
+    for line in map(str.strip, excerpt.splitlines()):
+        assert line == "..." or line in source, line
+
+
+def test_the_readme_is_short():
+    assert len(TEXT.encode()) <= 12_000
