@@ -413,6 +413,32 @@ def test_log_is_strict_json(tmp_path):
             data.read_jsonl(tmp_path / "bad.jsonl")
 
 
+def test_a_file_gets_its_name_once_it_is_on_the_disk(tmp_path, monkeypatch):
+    """All of it, or the file of before: whatever happens, and when the power goes."""
+    path, seen = tmp_path / "file", []
+    path.write_bytes(b"before")
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(number):
+        seen.append(("on the disk", os.fstat(number).st_size, path.read_bytes()))
+        fsync(number)
+
+    def note_replace(source, target):
+        seen.append(("named", os.stat(source).st_size, path.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with data.replacing(path) as f:
+        f.write(b"x" * 100)
+    assert seen == [("on the disk", 100, b"before"), ("named", 100, b"before")]
+    assert path.read_bytes() == b"x" * 100
+    with pytest.raises(KeyError), data.replacing(path) as f:
+        f.write(b"y")
+        raise KeyError
+    assert path.read_bytes() == b"x" * 100
+
+
 HOLD = "import sys, time, data; lock = data.lock_run(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 

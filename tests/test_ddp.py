@@ -218,3 +218,11 @@ def test_rows_that_do_not_divide_are_refused(text, tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(data.UsageError, match="multiple of the 2 processes"):
         train.main(words(tmp_path, text, "run", **SCHEDULE, batch_size=3))
+
+
+def test_dropout_in_several_processes_is_refused(text, tmp_path, monkeypatch):
+    """Each would drop something else."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "TORCHINDUCTOR_CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(data.UsageError, match="--dropout=0"):
+        train.main(words(tmp_path, text, "run", **SCHEDULE, dropout=0.1))

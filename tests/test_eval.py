@@ -440,6 +440,9 @@ def test_eval_measures_what_the_run_measured(tmp_path, monkeypatch, dtype):
     protocol = ["--split=test", f"--windows={result['windows']}", f"--dtype={dtype}", "--device=cpu"]
     ev.main([str(tmp_path / "run"), f"--dataset={text}", *protocol])
     assert measured == [pytest.approx(result["grown"], abs=1e-6)] and result["windows"] == 20
+    # and the last evaluation of the run, on the validation split
+    ev.main([str(tmp_path / "run"), f"--dataset={text}", "--windows=4", *protocol[2:]])
+    assert measured[1] == pytest.approx(ev.read_run(tmp_path / "run")["eval"][-1]["learn"], abs=1e-6)
 
 
 def test_plot_needs_matplotlib_and_says_so(run, tmp_path, monkeypatch):

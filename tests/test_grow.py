@@ -378,6 +378,28 @@ def test_fisher_is_of_what_trains():
     assert all(f.any() for f in ewc.fisher.values())
 
 
+def test_dreams_are_a_function_of_their_seed():
+    """Of nothing else. They are sampled 256 rows at a time, and each time others."""
+    model, dreams = small(), []
+    for generator, seed in ((1, 0), (2, 0), (1, 7)):
+        torch.manual_seed(generator)
+        dreams.append(grow.sample_dreams(model, 512, 8, seed))
+    first, again, other = dreams
+    assert first.shape == (512 * 8 + 1,) and first.dtype == torch.uint16 and first.device.type == "cpu"
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    rows = first[:-1].view(512, 8).int()
+    assert (rows[:, 0] == 16).all() and first[-1].item() == 16  # <|endoftext|> is the last of 17 ids
+    assert (rows[256:, 1:] != 16).any() and not torch.equal(rows[:256], rows[256:])
+
+
+def test_a_dream_that_ends_is_filled_up_with_its_end():
+    model = small()
+    model.ln_f.weight.data.zero_()
+    model.ln_f.bias.data.copy_(torch.eye(8)[0])  # so that the logit of an id is its embedding's first number
+    model.wte.weight.data[:, 0] = torch.eye(17)[16] * 100
+    assert (grow.sample_dreams(model, 5, 8, 0).int() == 16).all()
+
+
 def saved_tensors(depth):
     """How many tensors a step saves for its backward, with `depth` frozen blocks below one that trains."""
     model, saved = small(depth), []
@@ -414,6 +436,16 @@ def test_shared_teacher_is_the_teacher(extra):
     (a, ga), (b, gb) = results
     assert torch.allclose(torch.stack(a), torch.stack(b)) and a[1] > 0
     assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(ga, gb))
+
+
+def test_shared_blocks_are_counted_from_below():
+    """Only what both have in common may be computed once."""
+    model = small(4)
+    own, teacher = copy.deepcopy(model), grow.original(model)
+    assert grow.shared_blocks(model, teacher) == 4 and grow.shared_blocks(model, own) == 0
+    for at in (4, 2, 0):  # above all, between two, below all
+        grow.insert_block(model, at)
+        assert grow.shared_blocks(model, grow.original(model)) == at
 
 
 COSTS = {  # how many original blocks, where the grown ones go in, what is frozen, teacher, distilled rows

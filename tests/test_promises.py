@@ -355,7 +355,14 @@ def test_progress_of_the_comparison_is_shown(here, tmp_path, monkeypatch, capsys
 @promised("A --replay that is not whole rows is refused with the nearest that is.")
 @pytest.mark.parametrize(
     "replay, batch_size, grad_accum, nearest",
-    [(0.2, 8, 1, "0.25"), (0.3, 4, 1, "0.25"), (0.26, 5, 2, "0.3"), (0.62, 4, 2, "0.625")],
+    [
+        (0.2, 8, 1, "0.25"),
+        (0.3, 4, 1, "0.25"),
+        (0.26, 5, 2, "0.3"),
+        (0.62, 4, 2, "0.625"),
+        (0.01, 8, 1, "0.125"),
+        (0.99, 8, 1, "0.875"),  # never no row at all, never all rows
+    ],
 )
 def test_replay_of_part_of_a_row_is_refused(here, tmp_path, replay, batch_size, grad_accum, nearest):
     rows_asked = dict(replay=replay, batch_size=batch_size, grad_accum=grad_accum)
@@ -363,11 +370,19 @@ def test_replay_of_part_of_a_row_is_refused(here, tmp_path, replay, batch_size, 
     refused(train.main, argv, "--replay", rf"(?<![\d.]){re.escape(nearest)}(?!\d)", kind=UsageError)
 
 
-@pytest.mark.parametrize("replay, batch_size", [(0.7, 5), (0.1, 5), (0.25, 2), (0.5, 1)])
+@pytest.mark.parametrize("replay, batch_size", [(0.7, 5), (0.1, 5), (0.25, 2), (0.5, 1), (0.28, 25)])
 def test_replay_of_whole_rows_is_accepted(here, tmp_path, replay, batch_size):
-    """0.7 of 10 rows is 7, whatever 0.7 * 10 is in floating point."""
+    """0.28 of 50 rows is 14, though 0.28 * 50 is 14.000000000000002 in floating point."""
     more = dict(replay=replay, batch_size=batch_size, grad_accum=2)
     train.main(arguments(here, tmp_path / "run", max_steps=1, **PLAIN, **more))
+
+
+def test_nearest_replay_is_accepted_as_it_was_said(here, tmp_path):
+    """A third has no last digit."""
+    more = dict(batch_size=3, max_steps=1, **PLAIN)
+    sentence = refused(train.main, arguments(here, tmp_path / "run", replay=0.3, **more))
+    nearest = re.search(r"give --replay=(\S+)", sentence)[1]
+    train.main(arguments(here, tmp_path / "run", replay=nearest, **more))
 
 
 @promised("Gain is per million parameters that trained.")

@@ -240,6 +240,9 @@ RUNS = {
     "none": dict(**GROWS, freeze="none", where="bottom"),
     "top1": dict(**GROWS, freeze="top1", where="1"),
     "originals_never_train": dict(**GROWS, first_growth=0, kd_weight=0.3, kd_temperature=3.0),
+    "distilled_from_step_0_while_all_train": dict(
+        **GROWS, first_growth=0, freeze="none", kd_weight=0.3, kd_temperature=3.0
+    ),
     "first_growth": dict(**GROWS, first_growth=2, freeze="older"),
     "kd_on_train": dict(**GROWS, freeze="none", kd_weight=0.3, kd_temperature=3.0),
     "kd_on_retain": dict(
@@ -253,6 +256,7 @@ RUNS = {
         trigger="plateau", max_growths=2, max_steps=14, eval_every=2, patience=4, min_delta=0.1
     ),
     "plateau_first_growth": dict(**PLATEAU, patience=2, first_growth=6),
+    "plateau_first_growth_between_evaluations": dict(**PLATEAU, patience=2, first_growth=5),
     "plateau_count": dict(**PLATEAU, patience=4, first_growth=6),
     "all_together": dict(
         **GROWS, freeze="none", seed=5, batch_size=2, grad_accum=2, replay=0.25, ewc_lambda=7.0,

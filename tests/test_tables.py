@@ -150,6 +150,7 @@ def test_results_table_of_several_runs(logs):
         "learn base": "4.0000", "grown": "2.0000",
         "ppl base": "54.60", "grown (2)": "7.39",  # e^4 = 54.598, e^2 = 7.389
         "retain base": "1.0000", "grown (3)": "1.5000", "forgetting": "+0.5000", "KL": "0.1250",
+        "windows": "40", "windows (2)": "20",
         "layers": "6", "parameters": "16,000,000", "trainable": "4,000,000",
         "TFLOP": "1,234.50", "minutes": "90.5",  # 5,430 seconds
     })  # fmt: skip
@@ -157,6 +158,7 @@ def test_results_table_of_several_runs(logs):
         "learn base": "3.0000", "grown": "2.5000",
         "ppl base": "20.09", "grown (2)": "12.18",  # e^3 = 20.086, e^2.5 = 12.182
         "retain base": "-", "grown (3)": "-", "forgetting": "-", "KL": "-",
+        "windows": "40", "windows (2)": "-",
         "layers": "3", "parameters": "9,000,000", "trainable": "8,000,000",
         "TFLOP": "0.50", "minutes": "0.7",  # 42 seconds
     })  # fmt: skip
@@ -187,11 +189,11 @@ def test_base_against_grown_of_one_run(logs):
     new, old = table(printed_by(ev.main, logs["grown"]), "change")
     assert_cells(new, domain="learn: new", change="-2.0000", **{
         "loss base": "4.0000", "loss grown": "2.0000", "ppl base": "54.60", "ppl grown": "7.39",
-        "KL(base, grown)": "0.2500",
+        "KL(base, grown)": "0.2500", "windows": "40",
     })  # fmt: skip
     assert_cells(old, domain="retain: old", change="+0.5000", **{
         "loss base": "1.0000", "loss grown": "1.5000", "ppl base": "2.72", "ppl grown": "4.48",
-        "KL(base, grown)": "0.1250",
+        "KL(base, grown)": "0.1250", "windows": "20",
     })  # fmt: skip
     (only,) = table(printed_by(ev.main, logs["plain"]), "change")  # what was not measured has no row
     assert_cells(only, domain="learn: new", change="-0.5000")

@@ -220,6 +220,221 @@ def test_log_is_written_anew_from_the_checkpoint(text, tmp_path):
         assert rows(o.out) == whole
 
 
+def on_step(monkeypatch, act):
+    """Call act(step) where the run draws the batch of a step."""
+    batch = data.batch
+
+    def batch_and_act(tokens, block_size, rows, step, seed):
+        act(step)
+        return batch(tokens, block_size, rows, step, seed)
+
+    monkeypatch.setattr(data, "batch", batch_and_act)
+
+
+def argv(o, *more):
+    return [*command(o)[2:], *more]
+
+
+def test_checkpoint_and_log_are_written_as_the_run_goes(text, tmp_path, monkeypatch):
+    """A checkpoint before the first step, so that a full disk is found at once, and one at the end. A row of
+    the log is in the file before the next step begins."""
+    out, logged, saved = tmp_path / "run", [], []
+
+    def look(step):
+        logged.append(sum(row["kind"] == "step" for row in rows(out)))
+        saved.append(data.load_checkpoint(out / "ckpt.pt")["step"])
+
+    on_step(monkeypatch, look)
+    train.main(argv(options(text, out, max_steps=8, save_every=5)))
+    assert logged == list(range(8))
+    assert saved == [0, 0, 0, 0, 0, 5, 5, 5]
+    assert data.load_checkpoint(out / "ckpt.pt")["step"] == 8
+
+
+def test_clock_counts_training_only_and_goes_on_after_a_stop(text, tmp_path, monkeypatch, capsys):
+    """On a clock where a step takes 10 s, an evaluation 1,000 s, and a night lies between stop and resume."""
+    out, now, evaluate = tmp_path / "run", [0.0], ev.evaluate
+
+    def step_takes_10_s(step):
+        now[0] += 10
+        if step == 8 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluation_takes_1000_s(*args):
+        now[0] += 1000
+        return evaluate(*args)
+
+    on_step(monkeypatch, step_takes_10_s)
+    monkeypatch.setattr(ev, "evaluate", evaluation_takes_1000_s)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    # Stopped at step 9: no log line, evaluation or growth is due there.
+    o = options(text, out, log_every=3, eval_every=2, grow_every=4, max_growths=2, save_every=100)
+    with pytest.raises(SystemExit):
+        train.main(argv(o))
+    awake, night = now[0], 1e6
+    now[0] += night
+    train.main(argv(o, "--resume"))
+    result = ev.read_run(out)["result"]
+    assert result["train_seconds"] == 12 * 10
+    assert result["seconds"] == now[0] - night > awake
+    steps = [row for row in rows(out) if row["kind"] == "step"]
+    timed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ms"] for row in timed if row["kind"] == "step"] == [10_000] * len(steps)
+    assert [row["step"] for row in steps] == [0, 3, 6, 9]
+    left = [line.split()[-2] for line in capsys.readouterr().out.splitlines() if line.endswith(" left")]
+    assert left == ["1:50", "1:20", "0:50", "0:20"]  # 11, 8, 5 and 2 steps
+
+
+def test_dreams_are_sampled_once(text, tmp_path, monkeypatch):
+    """A resumed run takes them from its checkpoint: on another machine it would dream something else."""
+    o = options(text, tmp_path / "run", kd_weight=1.0, kd_on="dream", dreams=8, kd_rows=2)
+    train.main(argv(o))
+    result = rows(o.out)[-1]
+    monkeypatch.setattr(train.GPT, "generate", lambda *args, **more: pytest.fail("it dreams again"))
+    train.main(argv(o, "--resume"))
+    assert rows(o.out)[-1] == result
+
+
+def test_resume_refuses_what_would_change_the_run(text, tmp_path):
+    """Other rows or another seed do; the same rows in smaller pieces do not; a cosine has one end."""
+    distilled = dict(kd_weight=1.0, kd_on="retain", kd_rows=2, lr_schedule="cosine")
+    o = options(text, tmp_path / "run", **distilled)
+    train.main(argv(o))
+    for change, named in (({"kd_rows": 4}, "--kd_rows=2"), ({"seed": 1}, "--seed=0"),
+                          ({"batch_size": 8}, "--batch_size=4"), ({"max_steps": 14}, "--max_steps=12"),
+                          ({"batch_size": 2, "grad_accum": 2}, "--kd_rows=2")):  # fmt: skip
+        with pytest.raises(UsageError, match=named):
+            train.main(argv(dataclasses.replace(o, **change), "--resume"))
+    smaller = dict(batch_size=2, grad_accum=2, kd_rows=1, log_every=7)
+    again = argv(dataclasses.replace(o, **smaller), "--resume")
+    train.main(again)
+    header = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["config"].items() >= smaller.items()
+
+
+def test_header_has_the_command_of_the_last_start(text, tmp_path, monkeypatch):
+    o = options(text, tmp_path / "run")
+    for more in ([], ["--resume", "--log_every=7"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "first words", *more])
+        train.main(argv(o, *more))
+        header = ev.read_run(o.out)["header"]
+        assert header["command"] == " ".join(["python train.py 'first words'", *more])
+
+
+def test_a_result_without_its_checkpoint_is_not_overwritten(text, tmp_path):
+    o = options(text, tmp_path / "run")
+    train.main(argv(o))
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "ckpt.pt").unlink()
+    with pytest.raises(UsageError, match="result without ckpt.pt"):
+        train.main(argv(o, "--resume"))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(UsageError, match="result without ckpt.pt"):
+        train.main(argv(o))
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
+
+
+FROM_FOLDER = dict(tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768)  # the defaults: they are not typed
+
+
+def test_weights_that_change_while_it_trains_are_no_base_to_compare_with(text, tmp_path, monkeypatch):
+    """The run is saved; with the right weights back it ends."""
+
+    def save(seed):
+        torch.manual_seed(seed)
+        train.GPT(train.GPTConfig(257, 16, 2, 16, (0, 0))).save_pretrained(tmp_path / "net")
+
+    save(0)
+    o = options(text, tmp_path / "run", init=str(tmp_path / "net"), **FROM_FOLDER)
+    on_step(monkeypatch, lambda step: save(1))
+    with pytest.raises(UserError, match="has changed since the run started: restore it and --resume"):
+        train.main(argv(o))
+    save(0)
+    train.main(argv(o, "--resume"))
+    assert ev.read_run(o.out)["result"]
+
+
+def test_fresh_blocks_are_a_function_of_seed_and_step(text, tmp_path):
+    """Before the first step, too, where nothing else has set the generator."""
+    train.GPT(train.GPTConfig(257, 16, 2, 16, (0, 0))).save_pretrained(tmp_path / "net")
+    more = dict(init=str(tmp_path / "net"), first_growth=0, block_init="fresh", **FROM_FOLDER)
+    exports = []
+    for run, (generator, seed) in enumerate([(1, 0), (2, 0), (1, 3)]):
+        torch.manual_seed(generator)
+        # A rate too small to move a weight that is not 0, so that the export has the block as it was born.
+        o = options(text, tmp_path / f"{run}", seed=seed, lr=1e-12, max_steps=1, max_growths=1, **more)
+        train.main(argv(o))
+        exports.append(train.GPT.from_pretrained(tmp_path / f"{run}" / "model").h[2].mlp.c_fc.weight)
+    assert torch.equal(exports[0], exports[1]) and not torch.equal(exports[0], exports[2])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_each_step_drops_something_else(tmp_path, dropout):
+    """On a text whose windows are all alike, and at a rate that moves nothing, only dropout tells two steps
+    apart."""
+    path = tmp_path / "same.txt"
+    path.write_text("a\n" * 2000)
+    o = options(str(path), tmp_path / "run", dropout=dropout, lr=1e-12, max_steps=6, max_growths=0,
+                grow_every=500)  # fmt: skip
+    train.main(argv(o))
+    losses = {row["loss"] for row in rows(o.out) if row["kind"] == "step"}
+    assert len(losses) == (6 if dropout else 1)
+
+
+def test_plateau_with_first_growth_0_grows_at_once(text, tmp_path):
+    """Before anything trains, whatever the patience; then the new block has its patience."""
+    more = dict(trigger="plateau", first_growth=0, patience=4, min_delta=1e9, max_growths=2)
+    o = options(text, tmp_path / "run", **more)
+    train.main(argv(o))
+    assert [e["step"] for e in ev.read_run(o.out)["event"]] == [0, 4]
+    grown = train.GPT.from_pretrained(tmp_path / "run" / "model")
+    x = torch.randint(256, (2, 16))
+    assert torch.equal(train.start_model(o)(x)[0], grow.original(grown)(x)[0])
+
+
+def test_plateau_does_not_see_what_an_old_end_measured(text, tmp_path, monkeypatch):
+    """A loss that dips at step 6 is seen by the run that ended there alone: prolonged, it forgets it."""
+    now, stuck = [0], dict(trigger="plateau", patience=5, min_delta=0.1, eval_every=4, max_growths=1)
+    on_step(monkeypatch, lambda step: now.__setitem__(0, step + 1))
+    monkeypatch.setattr(ev, "evaluate", lambda *args: 1.0 if now[0] == 6 else 5.0)
+    o = options(text, tmp_path / "run", max_steps=6, **stuck)
+    train.main(argv(o))
+    train.main(argv(dataclasses.replace(o, max_steps=14), "--resume"))
+    run = ev.read_run(o.out)
+    assert [e["step"] for e in run["eval"]] == [0, 4, 6, 8, 12, 14] and run["result"]["best"] == 1.0
+    assert [e["step"] for e in run["event"]] == [8]
+
+
+# ----- the demo's base -----
+
+
+@pytest.mark.parametrize("other", [None, "torch", "text", "steps", "lr"])
+def test_a_base_that_was_made_otherwise_is_refused(tmp_path, monkeypatch, other):
+    """The demo's figures are those of one base: of these options, this torch and this Python's text."""
+    monkeypatch.chdir(tmp_path)
+    base, out = train.Options(**train.PRESETS["pretrain"]), tmp_path / train.PRETRAINED
+    train.GPT(train.GPTConfig(257, 128, 4, 128, (0,) * 4)).save_pretrained(out / "model")
+    text = data.sha256(data.load("docs", 257, 128).values())
+    config = dataclasses.asdict(base) | {"lr": 1.0 if other == "lr" else base.lr}
+    config["max_steps"] += other == "steps"
+    header = {
+        "kind": "header", "config": config,
+        "versions": {"torch": "1.0" if other == "torch" else torch.__version__},
+        "sha256": {"learn": "00" if other == "text" else text},
+    }  # fmt: skip
+    (out / "metrics.jsonl").write_text(json.dumps(header) + "\n")
+    started = []
+    monkeypatch.setattr(train, "train", started.append)
+    if other is None:
+        train.main(["demo"])
+        assert [o.dataset for o in started] == ["code"]
+    else:
+        with pytest.raises(UsageError, match=f"out/pretrained was made with --{other}=.*delete it"):
+            train.main(["demo"])
+        assert not started
+
+
 # ----- faults in training -----
 
 
@@ -241,6 +456,39 @@ def test_non_finite_loss_stops_and_keeps_the_checkpoint(text, tmp_path, monkeypa
     assert saved["step"] == 6
 
 
+POISON = {  # what becomes no number, and the options with which the loss has it
+    "distillation": dict(kd_weight=1.0, dtype="float16"),
+    "EWC": dict(ewc_lambda=1.0, ewc_batches=1, dtype="float16"),
+    "gradient": {},
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_nothing_that_is_no_number_gets_into_a_checkpoint(text, tmp_path, monkeypatch, what):
+    """In the last step before a save, without a log line or an evaluation there. (In float16 the gradients
+    of single steps may be infinite, and only the loss tells.)"""
+    losses, penalty, calls = grow.Objective.losses, grow.EWC.penalty, []
+
+    def poisoned_losses(self, hidden, target, y):
+        calls.append(1)
+        if what == "gradient" and len(calls) == 9:
+            hidden.register_hook(lambda g: g * float("inf"))
+        nll, kd = losses(self, hidden, target, y)
+        return nll, kd * float("nan") if what == "distillation" and len(calls) == 9 else kd
+
+    def poisoned_penalty(self, model):
+        return penalty(self, model) * (float("nan") if what == "EWC" and len(calls) == 9 else 1)
+
+    monkeypatch.setattr(grow.Objective, "losses", poisoned_losses)
+    monkeypatch.setattr(grow.EWC, "penalty", poisoned_penalty)
+    o = options(text, tmp_path / "run", save_every=3, log_every=1000, eval_every=1000, max_growths=0,
+                grow_every=500, **POISON[what])  # fmt: skip
+    with pytest.raises(UserError, match="at step 8"):
+        train.main(argv(o))
+    saved = data.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert saved["step"] == 6 and all(torch.isfinite(w).all() for w in saved["model"].values())
+
+
 def test_out_of_memory_gives_the_same_global_batch(text, tmp_path, monkeypatch):
     def fail(o):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -259,9 +507,10 @@ def test_a_bug_keeps_its_traceback(text, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_folder_is_found_before_training(text, tmp_path):
+    o = options(text, tmp_path / "run")
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot write to the run folder"):
-        train.train(options(text, tmp_path / "run"))
+    with pytest.raises(UserError, match=f"cannot write to {o.out} .*--out"):
+        train.train(o)
 
 
 # ----- what a run is made of -----
@@ -446,6 +695,19 @@ def test_float16_scales_its_loss(text, tmp_path):
     steps = [row for row in rows(o.out) if row["kind"] == "step"]
     assert len(steps) == 7 and all(torch.tensor(row["norm"]).isfinite() for row in steps[1:])
     assert {p.dtype for p in saved["model"].values()} == {torch.float32}
+
+
+def test_float16_logs_and_clips_the_gradient_that_float32_has(text, tmp_path):
+    """Not the scaled one, which is thousands of times as long."""
+    norms = []
+    for dtype in ("float32", "float16"):
+        o = options(text, tmp_path / dtype, dtype=dtype, lr=1e-6, max_growths=0, grow_every=500)
+        train.main(argv(o))
+        norms.append([row["norm"] for row in rows(o.out) if row["kind"] == "step"])
+    pairs = [(a, b) for a, b in zip(*norms) if b is not None]  # the first scales may be too large
+    assert len(pairs) > 6
+    for a, b in pairs:
+        assert b == pytest.approx(a, rel=0.05)
 
 
 RESIDENT = """
