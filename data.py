@@ -76,11 +76,16 @@ def lock(path):
 @contextlib.contextmanager
 def replacing(path):
     """A file that gets the name `path` once it is on the disk: what was there survives any failure."""
-    with open(f"{path}.tmp", "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def length(path):
@@ -187,12 +192,14 @@ CHECKPOINT_VERSION = 3
 
 def save_checkpoint(path, value):
     """Replace the checkpoint at `path` by a dict of tensors, numbers, strings, lists and dicts."""
+    path = Path(path)
     try:
         with replacing(path) as f:
             torch.save({"version": CHECKPOINT_VERSION, **value}, f)
     except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
         reason = e.strerror if isinstance(e, OSError) else "the disk may be full"
-        raise UserError(f"cannot write {path} ({reason}): the one before is intact, use --resume") from e
+        then = "the one before is intact, use --resume" if path.exists() else "give another --out"
+        raise UserError(f"cannot write {path} ({reason}): {then}") from e
 
 
 def load_checkpoint(path):

@@ -43,6 +43,10 @@ def choose_machine(device="auto", dtype="auto"):
         device, why = next(name for name in there if there[name]), "the fastest that torch sees"
     if not there[device]:
         raise UsageError(f"--device={device}, but torch sees none: use --device=auto")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and here > max(torch.cuda.device_count(), 1):
+        gpus = torch.cuda.device_count()
+        raise UsageError(f"{here} processes for {gpus} GPUs: start fewer, or give --device=cpu")
     chosen = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
     if device == "cpu":
         keep_freed_memory()
@@ -285,6 +289,9 @@ def slope(evals, first, last):
 def scaling_rows(run):
     """One dict per growth. Nothing is extrapolated: a few growths make no law."""
     rows, begin, last = [], 0, run["eval"][-1]
+    generation = [0] * run["header"]["layers"]  # of each block, at the end
+    for k, e in enumerate(run["event"], 1):
+        generation[e["at"] : e["at"]] = [k] * (e["layers_after"] - e["layers_before"])
     following = [*run["event"][1:], {**last, "learn_before": last["learn"]}]
     for k, (e, after) in enumerate(zip(run["event"], following), 1):
         rows.append({
@@ -293,7 +300,7 @@ def scaling_rows(run):
             "slope_before": slope(run["eval"], begin, e["step"]),
             "slope_after": slope(run["eval"], e["step"], after["step"]),
             "gain_per_million": (e["learn_after"] - after["learn_before"]) / (e["trainable"] / 1e6),
-            "use": run["result"].get("block_use", {}).get(str(k)),
+            "use": float(np.mean([use for use, g in zip(run["result"]["block_use"], generation) if g == k])),
         })  # fmt: skip
         begin = e["step"]
     return rows

@@ -315,8 +315,8 @@ class Objective(nn.Module):
         if target is None:
             return nll, zero
         with torch.no_grad():
-            wanted = self.teacher.head(target)
-        return nll, distillation_loss(logits, wanted, self.temperature)
+            teacher_logits = self.teacher.head(target)
+        return nll, distillation_loss(logits, teacher_logits, self.temperature)
 
 
 def choose_compile(wish, device):

@@ -165,6 +165,8 @@ def parse(argv):
                 typed[name] = fields[name].type(value if equals else "yes")  # --resume alone means yes
             except ValueError:
                 raise UsageError(f"--{name}={value} must be a number, {fields[name].type.__name__}") from None
+        elif word.startswith("--") and name in fields:
+            raise UsageError(f"{word} needs its value behind =: --{name}=VALUE")
         elif name in PRESETS:
             first = f"presets come first: python train.py {name} --option=value ..."
             raise UsageError(f"{word!r}: {name} is a preset, and {first}")
@@ -174,6 +176,8 @@ def parse(argv):
             near = difflib.get_close_matches(name, fields, 1)
             hint = f"did you mean --{near[0]}?" if near else "python train.py --help lists them"
             raise UsageError(f"unknown option {word!r}: {hint}")
+    if len(words) > 1:  # a folder of its own, not that of one of the presets
+        values.pop("out", None)
     values |= typed
     if not values.get("out"):  # runs with different options get different folders
         differs = "".join(f"-{name}={v}" for name, v in typed.items() if name not in MAY_CHANGE)
@@ -307,14 +311,15 @@ def compare_options(o, stored):
     differs = differing(then, now)
     need(not differs, f"the run in {o.out} has {differs}: resume with those, or give another --out")
     steps, constant = stored["max_steps"], o.lr_schedule == "constant"
-    fits = o.max_steps >= steps if constant else o.max_steps == steps
-    need(fits, f"the run in {o.out} has --max_steps={steps}: resume with that{' or more' * constant}")
+    fits, more = (o.max_steps >= steps, " or more") if constant else (o.max_steps == steps, "")
+    need(fits, f"the run in {o.out} has --max_steps={steps}: resume with that{more}")
 
 
 def differing(then, now):
     """The options that decide what is computed and differ, as a phrase. (A fork's new option is left out.)"""
-    decide = (name for name in then if name not in MAY_CHANGE and then[name] != now.get(name, then[name]))
-    return ", ".join(f"--{name}={then[name]} (now {now[name]})" for name in decide)
+    decide = [name for name in then if name not in MAY_CHANGE and then[name] != now.get(name, then[name])]
+    names = {name: f"--{name}=" if hasattr(Options, name) else f"{name} " for name in decide}
+    return ", ".join(f"{names[name]}{then[name]} (now {now[name]})" for name in decide)
 
 
 def start_model(o):
@@ -334,7 +339,9 @@ def pretrain(o, world):
     check(p, world)
     if not Path(o.init).exists():
         print(f"pretraining on {p.dataset}, once, into {PRETRAINED}", file=sys.stderr)
-        train(p)
+        stopped_by = train(p)
+        if stopped_by:
+            sys.exit(stopped_by)
     header, text = ev.read_run(PRETRAINED)["header"], data.load(p.dataset, data.BYTES, p.block_size)
     made = {"torch": header["versions"]["torch"], "text": header["sha256"]["learn"]}
     made["steps"] = header["config"]["max_steps"]
@@ -390,7 +397,8 @@ def note_signals():
 
 
 def train(o):
-    """Run `o` to its end, or to where a signal stops it. All state is local, and in sight of the loop."""
+    """Run `o` to its end, or to where a signal stops it, and return that signal's exit status. All state is
+    local, and in sight of the loop."""
     # ----- set-up: checkpoint, machine, pretrained network, texts -----
     began, out = time.perf_counter(), Path(o.out)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -406,7 +414,10 @@ def train(o):
     names = {"learn": o.dataset, "retain": o.retain}
     texts = {key: None if name == "none" else data.load(name, base.config.vocab_size, o.block_size)
              for key, name in names.items()}  # fmt: skip
-    lock = data.lock_run(out) if rank == 0 else None  # a second process is refused
+    text_sha256 = {key: text and data.sha256(text.values()) for key, text in texts.items()}
+    if saved and saved["log"][0]["sha256"] != text_sha256:
+        raise UserError(f"{o.dataset} or {o.retain} is not the text that {out} was started with: restore it")
+    _lock = data.lock_run(out) if rank == 0 else None  # until this returns, a second process is refused
 
     # ----- set-up: what keeps the old, from the pretrained network -----
     ewc = dreams = teacher = None
@@ -461,7 +472,7 @@ def train(o):
     evals, events = ([row for row in log if row["kind"] == kind] for kind in ("eval", "event"))
     log_file = data.open_log(out / "metrics.jsonl", log) if rank == 0 else None
 
-    def note(kind, **row):
+    def record(kind, **row):
         log.append({"kind": kind, **row})
         if rank == 0:
             log_file.write(data.json_line(log[-1]))
@@ -484,10 +495,20 @@ def train(o):
         """Validation losses of both texts, in nats per token."""
         args = o.block_size, eval_rows, o.eval_windows
         with autocast:
-            return {key: text and ev.evaluate(model, text["val"], *args) for key, text in texts.items()}
+            found = {key: text and ev.evaluate(model, text["val"], *args) for key, text in texts.items()}
+        refuse_non_finite(*(loss for loss in found.values() if loss is not None))
+        return found
+
+    def refuse_non_finite(*numbers):
+        if not all(map(math.isfinite, numbers)):
+            raise UserError(
+                f"a loss or the gradient norm is not finite at step {step - 1} {numbers}: the run stops. "
+                f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run, or "
+                "--resume with --dtype=float32"
+            )
 
     @torch.no_grad()
-    def logits():
+    def probe_logits():
         """On real text, eagerly."""
         model.eval()
         with autocast, torch.compiler.set_stance("force_eager"):
@@ -497,13 +518,13 @@ def train(o):
 
     if not saved:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-        note(
+        record(
             "header", command=command, config=asdict(o),
             versions=versions | {"numpy": np.__version__}, machine=machine, processes=world,
             init_sha256=init_sha256, layers=model.config.n_layer, parameters=sizes()["parameters"],
             vocab_size=model.config.vocab_size,
             tokens={key: {k: len(ids) for k, ids in (text or {}).items()} for key, text in texts.items()},
-            sha256={key: text and data.sha256(text.values()) for key, text in texts.items()},
+            sha256=text_sha256,
         )  # fmt: skip
     typed = as_typed(o.typed) or "as the preset has them"
     say("\n".join([f"options: {typed} (all of them are in {out}/metrics.jsonl)", *machine]))
@@ -511,25 +532,28 @@ def train(o):
         f"{len(texts['learn']['train']):,} training tokens; retain {o.retain}")  # fmt: skip
     if saved:
         say(f"resumed at step {step} with {model.config.n_layer} layers")
+    del saved  # its memory
+
+    def stop_signal():
+        """The signal to stop for, or 0: the same on every rank."""
+        return max(gather(max(signals, default=0), world))
 
     # ----- the loop -----
-    signals, resumed_at = note_signals(), step if saved else None
-    losses, lr, since, since_step = None, 0, 0, 0
-    while True:  # once more than max_steps: what the last step did is measured, too
+    signals, losses, lr, since, since_step = note_signals(), None, 0, 0, 0
+    while True:  # max_steps + 1 times: the last time it only measures and saves
         last = step == o.max_steps
-        stopped_by = max(signals, default=0)
-        if world > 1:  # all ranks stop at the same step
-            stopped_by = max(gather(stopped_by, world)) if step % o.log_every == 0 else 0
-        room = len(events) < o.max_growths and o.starts_growing <= step < o.max_steps
-        due = room and o.trigger == "schedule" and grow.scheduled(step, o.starts_growing, o.grow_every)
+        stopped_by = stop_signal() if world == 1 or step % o.log_every == 0 else 0
+        may_grow = len(events) < o.max_growths and o.starts_growing <= step < o.max_steps
+        due = may_grow and o.trigger == "schedule" and grow.scheduled(step, o.starts_growing, o.grow_every)
         measures = last or due or step % o.eval_every == 0
-        saves = last or stopped_by or (step % o.save_every == 0 and step != resumed_at)
+        saves = last or stopped_by or step % o.save_every == 0
 
-        # --- log line of the step before. Here, and only here, the program waits for the device. (A NaN stays
-        # in the weights, so reading the losses now and then misses none.)
+        # --- log line of the step before. Here, and only here, the program waits for the device. A NaN stays
+        # in the weights, so reading the losses now and then misses none; a loss scaler skips such a step (and
+        # waits anyway), so with one they are read at once.
         logs = (step - 1) % o.log_every == 0
-        if losses is not None and (logs or measures or saves):
-            if torch.accelerator.is_available():
+        if losses is not None and (logs or measures or saves or scaler.is_enabled()):
+            if device.type != "cpu":
                 torch.accelerator.synchronize()
             seconds = time.perf_counter() - since
             train_seconds, ms = train_seconds + seconds, 1000 * seconds / (step - since_step)
@@ -538,15 +562,10 @@ def train(o):
                 losses /= world
             (nll, kd, penalty, norm), losses = losses.tolist(), None
             # A loss scaler makes infinite gradients on purpose, and skips those steps.
-            if not math.isfinite(nll + kd + penalty) or not (math.isfinite(norm) or scaler.is_enabled()):
-                raise UserError(
-                    f"loss {nll}, gradient norm {norm} at step {step - 1}: the run stops. {out}/ckpt.pt is "
-                    "from before; try a lower --lr or more --warmup_steps in a new run, or --resume with "
-                    "--dtype=float32"
-                )
+            refuse_non_finite(nll, kd, penalty, 0.0 if scaler.is_enabled() else norm)
             if logs:
                 finite_norm = norm if math.isfinite(norm) else None
-                note("step", step=step - 1, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=finite_norm, ms=ms)
+                record("step", step=step - 1, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=finite_norm, ms=ms)
                 terms = (f" kd {kd:.4f}" if teacher else "") + (f" ewc {penalty:.2e}" if ewc else "")
                 speed, trains = 1000 * rows * o.block_size / ms, sizes()["trainable"] / 1e6
                 say(f"step {step - 1}/{o.max_steps} loss {nll:.4f}{terms} lr {lr:.1e} norm {norm:.2f} "
@@ -555,31 +574,31 @@ def train(o):
 
         # --- measure, unless a run that was stopped here has done it
         if measures and not (evals and evals[-1]["step"] == step):
-            evals.append(note("eval", step=step, **measure()))
+            evals.append(record("eval", step=step, **measure()))
             said = ", ".join(f"{key} {evals[-1][key]:.4f}" for key, text in texts.items() if text)
             say(f"step {step}/{o.max_steps} validation: {said}")
 
         # --- grow, unless done, and prove that it changed nothing: logits are bitwise what they were
-        if room and o.trigger == "plateau" and step % o.eval_every == 0:
+        if may_grow and o.trigger == "plateau" and step % o.eval_every == 0:
             grown_at = events[-1]["step"] if events else 0
-            # Without what a resumed run measured at its old end: growths fall as if it had not ended there.
+            # Only evaluations on schedule: a run resumed past its old end grows where another would.
             history = [(e["step"], e["learn"]) for e in evals if e["step"] % o.eval_every == 0]
             due = grow.plateau(history, o.patience, o.min_delta, grown_at) or step == o.first_growth == 0
         if due and not (events and events[-1]["step"] == step):
             before, layers, size = evals[-1], model.config.n_layer, sizes()["parameters"]
-            expected = logits()
+            expected = probe_logits()
             at = grow.placement(o.where, model, len(events), o.max_growths)
             torch.manual_seed(o.seed * 1_000_003 + step)  # for --block_init=fresh
             grow.insert_block(model, at, o.block_init)
             grow.freeze(model, o.freeze)
-            if not torch.equal(expected, logits()):
+            if not torch.equal(expected, probe_logits()):
                 raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
             if compiles:
                 grow.compile_blocks(model)
             optimizer, ddp, step_flops = rebuild(optimizer)
             after, now, depth = measure(), sizes(), model.config.n_layer
             added = now["parameters"] - size
-            events.append(note(
+            events.append(record(
                 "event", step=step, at=at, generation=max(model.config.generation), layers_before=layers,
                 layers_after=depth, identical=True, parameters_added=added, **now,
                 **{f"{key}_before": before[key] for key in texts},
@@ -591,7 +610,9 @@ def train(o):
                 say("EWC weighs nothing from here on: every parameter that it holds is frozen")
 
         # --- save; at step 0, too, so that a folder that cannot be written is found before work is lost
-        if saves and rank == 0:
+        if measures and not stopped_by:  # a signal that came while it measured
+            stopped_by = stop_signal()
+        if (saves or stopped_by) and rank == 0:
             data.save_checkpoint(out / "ckpt.pt", {
                 "step": step, "model": model.state_dict(), "model_config": asdict(model.config),
                 "optimizer": grow.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
@@ -599,13 +620,7 @@ def train(o):
                 "options": asdict(o), "init_sha256": init_sha256, "flops": flops,
                 "train_seconds": train_seconds, "seconds": time.perf_counter() - began,
             })  # fmt: skip
-        if stopped_by:
-            how = "run the same command again" if o.resume == "auto" else "--resume continues it"
-            say(f"stopped at step {step}, saved in {out}: {how}")
-            if lock:
-                lock.close()
-            sys.exit(128 + stopped_by)
-        if last:
+        if stopped_by or last:
             break
 
         # --- one optimizer step
@@ -637,6 +652,10 @@ def train(o):
     # ----- the end: base against grown on the test splits, export, tables -----
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if stopped_by:
+        how = "run the same command again" if o.resume == "auto" else "--resume continues it"
+        say(f"stopped at step {step}, saved in {out}: {how}")
+        return 128 + stopped_by
     base = grow.original(model) if o.originals_never_train else teacher or start_model(o).to(device)
     if data.sha256(p.detach().cpu().numpy() for p in base.parameters()) != init_sha256:
         raise UserError(f"{o.init} has changed since the run started: restore it and --resume")
@@ -645,16 +664,19 @@ def train(o):
         result = {key: {"dataset": names[key], **ev.compare(base, model, text and text["test"], *args)}
                   for key, text in texts.items()}  # fmt: skip
         use = ev.block_use(model, texts["learn"]["test"], o.block_size)
-    note(
+    record(
         "result", layers=model.config.n_layer, **sizes(), **result, best=min(e["learn"] for e in evals),
         train_seconds=train_seconds, seconds=time.perf_counter() - began,
-        block_use={str(g): u for g, u in zip(model.config.generation, use) if g > 0},
+        block_use=use,
         protocol=ev.protocol("test", o.block_size, device, dtype),
     )  # fmt: skip
     if rank == 0:
         log_file.close()
         run = ev.read_run(out)
-        model.save_pretrained(out / "model", ev.model_card(run))
+        try:
+            model.save_pretrained(out / "model", ev.model_card(run))
+        except OSError as e:
+            raise UserError(f"cannot write {out}/model ({e.strerror}): --resume writes it again") from e
         say("\n" + ev.report(run))
         if len(events) < o.max_growths:
             ended = f"the run ended at step {step} before the next was due"
@@ -688,7 +710,9 @@ def main(argv):
     try:
         if o.init == f"{PRETRAINED}/model":
             pretrain(o, world)
-        train(o)
+        stopped_by = train(o)
+        if stopped_by:
+            sys.exit(stopped_by)
     except KeyboardInterrupt:  # the loop notes Ctrl-C and saves: this came before it, or behind it
         if (Path(o.out) / "ckpt.pt").exists():
             print(f"stopped; {o.out} is saved: --resume goes on, and redoes the tables", file=sys.stderr)

@@ -72,8 +72,8 @@ def worker(rank, folder, text):
         digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         notes.append([len(model.h), trains, digest.hexdigest()])
-        # Two texts at steps 0, 2 and 4, and before and after the growth at 5: the 10th is the last before 6.
-        if name == "stopped" and rank == 1 and len(notes) == 10:
+        # Two texts at steps 0, 2 and 4, and before and after the growth at 5: the 11th is at step 6.
+        if name == "stopped" and rank == 1 and len(notes) == 11:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, *args)
 

@@ -109,16 +109,12 @@ def test_resumed_run_ends_bitwise_equal(text, tmp_path, variant, monkeypatch):
     monkeypatch.setattr(data, "batch", interrupted)
     stops = 0
     while True:
-        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            train.train(options(text, tmp_path / "parts", resume="auto", **VARIANTS[variant]))
+        status = train.train(options(text, tmp_path / "parts", resume="auto", **VARIANTS[variant]))
+        if not status:
             break
-        except SystemExit as e:
-            assert e.code == 128 + signal.SIGTERM
-            stops += 1
-        finally:
-            for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-                signal.signal(s, handler)
+        assert status == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # Ctrl-C means what it meant before
+        stops += 1
     assert stops >= 3
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -430,7 +426,7 @@ def test_a_base_that_was_made_otherwise_is_refused(tmp_path, monkeypatch, other)
         train.main(["demo"])
         assert [o.dataset for o in started] == ["code"]
     else:
-        with pytest.raises(UsageError, match=f"out/pretrained was made with --{other}=.*delete it"):
+        with pytest.raises(UsageError, match=f"out/pretrained was made with (--)?{other}[= ].*delete it"):
             train.main(["demo"])
         assert not started
 
@@ -734,3 +730,79 @@ def test_freed_memory_is_kept():
         return int(subprocess.run(run, check=True, capture_output=True, text=True).stdout)
 
     assert left("keep") > 200 and left("return") < 50
+
+
+def test_signal_in_the_last_evaluation_stops_before_the_tables(text, tmp_path, monkeypatch, capsys):
+    """A signal is noticed after what was measured when it came, too: the run stops there, saved."""
+    evaluate, sent = ev.evaluate, []
+
+    def interrupted(*args):
+        if len(ev.read_run(tmp_path / "run")["step"]) == 12 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return evaluate(*args)
+
+    monkeypatch.setattr(ev, "evaluate", interrupted)
+    o = options(text, tmp_path / "run")
+    assert train.train(o) == 130 and "stopped at step 12" in capsys.readouterr().out
+    assert data.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 12
+    monkeypatch.setattr(ev, "evaluate", evaluate)
+    assert train.train(dataclasses.replace(o, resume="yes")) is None
+
+
+@pytest.mark.parametrize("words, says", [("--lr 3", "--lr=VALUE"), ("--lr", "--lr=VALUE")])
+def test_an_option_without_its_value(words, says):
+    with pytest.raises(UsageError, match=says):
+        train.parse(words.split())
+
+
+def test_two_presets_have_a_folder_of_their_own():
+    assert train.parse(["pretrain"]).out == train.PRETRAINED
+    assert train.parse(["pretrain", "demo"]).out == "out/pretrain-demo"
+
+
+def test_a_text_that_changed_is_refused_on_resume(text, tmp_path):
+    """Batches are a function of the text, too: under the same name it must be the same."""
+    train.train(options(text, tmp_path / "run", max_steps=4))
+    path = Path(text)
+    path.write_text(path.read_text()[::-1])
+    with pytest.raises(UserError, match="not the text that .* was started with"):
+        train.train(options(text, tmp_path / "run", max_steps=6, resume="yes"))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
+    """The step's own loss may be finite while the weights that it leaves are not."""
+    evaluate, calls = ev.evaluate, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return float("nan") if len(calls) > 4 else evaluate(*args)
+
+    monkeypatch.setattr(ev, "evaluate", poisoned)
+    with pytest.raises(UserError, match="not finite at step 3 .*--lr"):
+        train.train(options(text, tmp_path / "run", grow_every=6))
+    assert [row["step"] for row in ev.read_run(tmp_path / "run")["eval"]] == [0, 2]
+
+
+def test_a_scaler_hides_no_loss_that_is_not_finite(text, tmp_path, monkeypatch):
+    """It skips the step, so the weights stay as they were and the next loss is finite again."""
+    real, calls = grow.Objective.losses, []
+
+    def poisoned(self, hidden, target, y):
+        nll, kd = real(self, hidden, target, y)
+        calls.append(1)
+        return nll * float("nan") if len(calls) == 4 else nll, kd
+
+    monkeypatch.setattr(grow.Objective, "losses", poisoned)
+    o = options(text, tmp_path / "run", dtype="float16", log_every=100, eval_every=100, max_growths=0)
+    with pytest.raises(UserError, match="not finite at step 3 "):
+        train.train(o)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
+    class Unwritable:
+        def __reduce__(self):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device.*another --out"):
+        data.save_checkpoint(tmp_path / "ckpt.pt", {"x": Unwritable()})
+    assert not list(tmp_path.iterdir())
