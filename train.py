@@ -10,11 +10,13 @@
 "The card" is the model card "Growing LLM", whose recipe the defaults are. A run writes RUN/metrics.jsonl
 (everything measured), RUN/ckpt.pt (to resume from) and RUN/model/ (the result in Hugging Face's format)."""
 
+import argparse
 import contextlib
 import copy
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -38,8 +40,7 @@ import grow
 from data import UsageError, UserError
 from model import GPT, GPTConfig, read_config
 
-# ------------------------------------------------------------------------------------------------------------
-# Options
+# ----- Options -----
 
 
 def option(default, help, *allowed, below=math.inf):
@@ -145,37 +146,25 @@ MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_
 
 
 def parse(argv):
-    """Command line -> Options: presets, then --name=value. Raises UsageError, one sentence."""
-    fields = {f.name: f for f in dataclasses.fields(Options)}
-    if "--help" in argv or "-h" in argv:
-        presets = "\n".join(f"  {name}: {as_typed(v) or 'the defaults'}" for name, v in PRESETS.items())
-        print(f"{__doc__}\n\nPresets:\n{presets}\n\nOptions:")
-        for name, f in fields.items():
-            choices = ", ".join(f.metadata["allowed"]) if f.type is str else ""
-            print(f"  --{name}={f.default}".ljust(28), f.metadata["help"], choices and f"({choices})")
-        sys.exit(0)
-    words, values, typed = [], {}, {}
-    for word in argv:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word in PRESETS and not typed:
-            words.append(word)
-            values |= PRESETS[word]
-        elif word.startswith("--") and name in fields and (equals or name == "resume"):
-            try:
-                typed[name] = fields[name].type(value if equals else "yes")  # --resume alone means yes
-            except ValueError:
-                raise UsageError(f"--{name}={value} must be a number, {fields[name].type.__name__}") from None
-        elif word.startswith("--") and name in fields:
-            raise UsageError(f"{word} needs its value behind =: --{name}=VALUE")
-        elif name in PRESETS:
-            first = f"presets come first: python train.py {name} --option=value ..."
-            raise UsageError(f"{word!r}: {name} is a preset, and {first}")
-        elif not word.startswith("-"):
-            raise UsageError(f"unknown preset {word!r}: give {', '.join(PRESETS)}, then --name=value ...")
-        else:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean --{near[0]}?" if near else "python train.py --help lists them"
-            raise UsageError(f"unknown option {word!r}: {hint}")
+    """Command line -> Options: presets, then options. Raises UsageError, one sentence."""
+    words, fields = list(itertools.takewhile(PRESETS.__contains__, argv)), dataclasses.fields(Options)
+    presets = "\n".join(f"  {name}: {as_typed(v) or 'the defaults'}" for name, v in PRESETS.items())
+    p = ev.Parser("train.py", usage="python train.py [preset ...] [--option=value ...]", description=__doc__)
+    p.epilog = f"presets:\n{presets}"
+    for f in fields:
+        choices = f" ({', '.join(f.metadata['allowed'])})" if f.type is str and f.metadata["allowed"] else ""
+        alone = {"nargs": "?", "const": "yes"} if f.name == "resume" else {}  # --resume alone means yes
+        help = f"{f.metadata['help']}{choices} [{f.default}]"
+        p.add_argument(f"--{f.name}", type=f.type, help=help, metavar="", default=argparse.SUPPRESS, **alone)
+    typed, unknown = p.parse_known_args(argv[len(words) :])
+    if unknown:
+        known = {name: name for name in PRESETS} | {f.name: f"--{f.name}" for f in fields}
+        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], known, 1)
+        hint = f"did you mean {known[near[0]]}? " if near and known[near[0]] != unknown[0] else ""
+        p.error(f"unknown word {unknown[0]!r}: {hint}presets come first, then --option=value")
+    values, typed = {}, vars(typed)
+    for word in words:
+        values |= PRESETS[word]
     if len(words) > 1:  # a folder of its own, not that of one of the presets
         values.pop("out", None)
     values |= typed
@@ -278,8 +267,7 @@ def network_config(o):
     return read_config(o.init)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a run starts from: a checkpoint or none, the pretrained network, batches
+# ----- What a run starts from: a checkpoint or none, the pretrained network, batches -----
 
 
 def find_checkpoint(o, world):
@@ -392,8 +380,7 @@ def note_signals():
     return received
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
+# ----- The run -----
 
 
 def train(o):
