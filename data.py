@@ -2,7 +2,7 @@
 
 Four ideas, in the order of this file. A file from the network is believed only after its size and sha256
 agree with what is written here. A checkpoint is written beside the old one and then renamed, so that one of
-them is always whole. A text is tokenised once, into a file that says what it was made from. A batch is a pure
+them is always whole. A text is tokenised once, into a file named by the text's sha256. A batch is a pure
 function of (seed, step): a run that resumes has no reader position to restore, and N processes that each
 take their share of the rows see the batch of one."""
 
@@ -39,8 +39,7 @@ class UsageError(UserError):
     status = 2
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Fetching
+# ----- Fetching -----
 
 
 @functools.cache
@@ -63,14 +62,20 @@ def set_cache_dir(path):
         cache_dir.cache_clear()
 
 
-@contextlib.contextmanager
-def lock(path):
-    """Hold `path`.lock, so that one process works and the others wait and then find the work done."""
+def lock(path, wait=True):
+    """Lock a file, and make it if need be. If another process has it, wait, or else raise UserError.
+    Returns the open file: to close it, or a kill, unlocks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as f:
-        if fcntl:
-            fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    f = open(path, "w")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        other = f"another process is training in {path.parent}"
+        raise UserError(f"{other}: wait for it, or give another --out") from e
+    except (AttributeError, OSError):  # Windows has no fcntl, and some network disks have no locks
+        if not wait:
+            print(f"no file locks here: do not start a second process in {path.parent}", file=sys.stderr)
+    return f
 
 
 @contextlib.contextmanager
@@ -107,22 +112,26 @@ def fault(path, size=None, sha256=None):
 def fetch(urls, path, size=None, sha256=None, remedy=None):
     """Return `path`, downloaded from the first of `urls` that delivers `size` bytes with this `sha256`.
 
-    A right file that is there already (put by hand, say) is used without a network. What has arrived is
-    kept in PATH.part and continued with a Range request; only a verified file gets its name. Raises
-    UserError, which begins with the remedy."""
-    path, tried = Path(path), []
+    A right file that is there already (put by hand, say) needs no network. What has arrived is kept in
+    PATH.part and continued; only a verified file gets its name. UserError begins with the remedy."""
+    path, part, tried = Path(path), Path(f"{path}.part"), []
     try:
         wrong = fault(path, size, sha256)
         if wrong is None:
             return path
         tried.append(f"{path} {wrong}")
-        with lock(path):
+        with lock(Path(f"{path}.lock")):
             if fault(path, size, sha256) is None:  # another process fetched it while we waited
                 return path
             for url in urls:
-                reason = _fetch_from(url, path, size, sha256)
-                if reason is None:
-                    return path
+                for _ in range(4):
+                    had = length(part)
+                    reason = _download(url, part, size, sha256)
+                    if reason is None:
+                        os.replace(part, path)
+                        return path
+                    if length(part) == had:  # else there is more of it, or a wrong part is gone: once more
+                        break
                 tried.append(f"{url}: {reason}")
     except OSError as e:
         tried.append(f"{e.strerror or e}")
@@ -131,49 +140,34 @@ def fetch(urls, path, size=None, sha256=None, remedy=None):
     raise UserError(f"{remedy}could not fetch {path.name} into {path.parent} ({'; '.join(tried)})")
 
 
-def _fetch_from(url, path, size, sha256):
-    """Try one mirror; return None, or why it failed."""
-    part = path.with_name(path.name + ".part")
-    for _ in range(4):
-        had = length(part)
-        try:
-            _download(url, part, size)
-            reason = fault(part, size, sha256)
-            if reason is None:
-                os.replace(part, path)
-                return None
-            part.unlink()
-            reason += ", deleted"
-        except requests.HTTPError as e:
-            reason = f"HTTP status {e.response.status_code}"
-        except requests.TooManyRedirects:
-            reason = "redirects without end"
-        except requests.RequestException as e:
-            reason = f"{type(e).__name__} after {length(part):,} bytes"
-        if length(part) == had:  # else there is more of it, or an old part is gone: worth another attempt
-            break
-    return reason
-
-
-def _download(url, part, size):
-    """Add to `part` the bytes that it lacks."""
+def _download(url, part, size, sha256):
+    """Add to `part` the bytes that it lacks; return None if it is right then, or what went wrong."""
     have = length(part)
     headers = {"User-Agent": "growing-gpt/1.0", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as r:
-        if have and r.status_code == 416:  # nothing follows what we have: the hash will say if it is right
-            return
-        r.raise_for_status()
-        resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        with open(part, "ab" if resumed else "wb") as f:
-            for chunk in r.iter_content(1 << 16):
-                f.write(chunk)
-                total = f" of {size / 1e6:.0f}" if size else ""
-                print(f"\r{part.stem}: {f.tell() / 1e6:.1f}{total} MB", end="", file=sys.stderr, flush=True)
-                if size is not None and f.tell() > size:
-                    break
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as r:
+            whole = have and r.status_code == 416  # nothing follows what we have: is it right?
+            if not (r.ok or whole):
+                return f"HTTP status {r.status_code}"
+            resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            with open(part, "ab" if resumed or whole else "wb") as f:
+                for chunk in [] if whole else r.iter_content(1 << 16):
+                    f.write(chunk)
+                    total = f" of {size / 1e6:.0f}" if size else ""
+                    print(f"\r{part.stem}: {f.tell() / 1e6:.1f}{total} MB", end="", file=sys.stderr)
+                    if size is not None and f.tell() > size:
+                        break
+    except requests.TooManyRedirects:
+        return "redirects without end"
+    except requests.RequestException as e:
+        return f"{type(e).__name__} after {length(part):,} bytes"
     print(file=sys.stderr)
+    wrong = fault(part, size, sha256)
+    if wrong is not None:
+        part.unlink()
+    return wrong
 
 
 def sha256(arrays):
@@ -184,8 +178,7 @@ def sha256(arrays):
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a run writes and reads again
+# ----- What a run writes and reads again -----
 
 CHECKPOINT_VERSION = 3
 
@@ -223,16 +216,12 @@ def load_checkpoint(path):
     return value
 
 
-def json_line(row):
-    """A row of a log. Strict JSON: a bug's NaN or Infinity raises ValueError."""
-    return json.dumps(row, allow_nan=False) + "\n"
-
-
-def open_log(path, rows):
-    """A file to append rows to, one JSON object a line, that begins with the rows there are already."""
-    with replacing(path) as f:
-        f.write("".join(map(json_line, rows)).encode())
-    return open(path, "a")
+def write_jsonl(path, rows, mode):
+    """Write ("w") or append ("a") rows, a JSON object a line. Strict JSON: a bug's NaN or Infinity raises
+    ValueError, and the file stays as it is."""
+    lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+    with open(path, mode) as f:
+        f.writelines(lines)
 
 
 def read_jsonl(path):
@@ -247,28 +236,18 @@ def read_jsonl(path):
 
 
 def lock_run(out):
-    """Make a run's folder and lock it. Returns the open file RUN/lock: to close it, or a kill, unlocks."""
+    """Make a run's folder and lock RUN/lock, which is returned, open."""
     out = Path(out).absolute()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        f = open(out / "lock", "w")
+        return lock(out / "lock", wait=False)
     except OSError as e:
         raise UserError(f"cannot write to {out} ({e.strerror}): give another --out") from e
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise UserError(f"another process is training in {out}: wait for it, or give another --out") from e
-    except (AttributeError, OSError):  # Windows has no fcntl, and some network disks have no locks
-        print(f"no file locks here: do not start a second process in {out}", file=sys.stderr)
-    return f
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers. A model's vocabulary size says which it uses; in both the last id is <|endoftext|>.
+# ----- Tokenizers: the vocabulary size of a model says which; in both the last id is <|endoftext|> -----
 
 EOT = "<|endoftext|>"
 BYTES, GPT2 = 257, 50257
-HEADER = 512  # bytes of a token file before its ids
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/"
 ENCODINGS = OPENAI + "encodings/main/"
 TOKENIZER_FILES = {
@@ -323,8 +302,7 @@ def decode(ids, vocab_size=GPT2):
     return b"".join(EOT.encode() if i == 256 else bytes([i]) for i in ids).decode("utf-8", "replace")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Texts: each source is a function that returns {'train': text, 'val': text, 'test': text}.
+# ----- Texts: each source is a function that returns {'train': text, 'val': text, 'test': text} -----
 
 WIKITEXT_URLS = [
     "https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/"
@@ -442,8 +420,8 @@ def load(name, vocab_size, block_size):
     tokens = {split: tokens_of(text, vocab_size) for split, text in texts.items()}
     for split, need in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
         if len(tokens[split]) < need:
-            lines = "".join(texts.values()).strip("\n").count("\n") + 1
-            one = ", and this one has one line" if lines == 1 else ""
+            lines = "".join(texts.values()).strip("\n")
+            one = "" if "\n" in lines else ", and this one has one line"
             raise UserError(
                 f"{name} is too short: its {split} split has {len(tokens[split]):,} tokens and needs "
                 f"{need:,} or more at --block_size={block_size}. A text is split at line ends, 90/5/5{one}"
@@ -452,39 +430,26 @@ def load(name, vocab_size, block_size):
 
 
 def tokens_of(text, vocab_size):
-    """The ids of a text, (N,) uint16, from the file made of this very text earlier or made now."""
+    """The ids of a text, (N,) uint16, from the file made of this very text earlier or made now.
+
+    The file's name says what it was made from. It begins with the sha256, 32 bytes, of its name and its ids,
+    which follow, little-endian."""
     source = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    tokenizer = tokenizer_name(vocab_size)
-    path = cache_dir() / "tokens" / f"{tokenizer}-{source[:16]}.bin"
-    with lock(path):
-        if path.exists():
-            try:
-                return read_bin(path, source, tokenizer)
-            except ValueError as e:
-                print(f"{e}: tokenising again", file=sys.stderr)
-        with replacing(path) as f:
-            f.write(token_file(encode(text, vocab_size).astype("<u2").tobytes(), source, tokenizer))
-    return read_bin(path, source, tokenizer)
+    path = cache_dir() / "tokens" / f"{tokenizer_name(vocab_size)}-{source}.bin"
+    seal = lambda ids: hashlib.sha256(path.name.encode() + ids).digest()
+    with lock(Path(f"{path}.lock")):
+        raw = path.read_bytes() if path.exists() else b""
+        if raw[:32] != seal(raw[32:]):
+            if path.exists():
+                print(f"{path} is damaged: tokenising again", file=sys.stderr)
+            ids = encode(text, vocab_size).astype("<u2").tobytes()
+            raw = seal(ids) + ids
+            with replacing(path) as f:
+                f.write(raw)
+    return np.frombuffer(raw, "<u2", offset=32)
 
 
-def token_file(raw, source, tokenizer):
-    """The bytes of a token file: JSON, padded with spaces, and then `raw`, the ids as uint16, little-endian.
-    `source` is the sha256 of the text."""
-    header = {"version": 1, "source": source, "tokenizer": tokenizer, "count": len(raw) // 2}
-    header["sha256"] = hashlib.sha256(raw).hexdigest()
-    return json.dumps(header).encode().ljust(HEADER) + raw
-
-
-def read_bin(path, source, tokenizer):
-    """The ids in a token file, (N,) uint16. ValueError if it is damaged or made from something else."""
-    raw = Path(path).read_bytes()
-    if raw != token_file(raw[HEADER:], source, tokenizer):
-        raise ValueError(f"{path} is damaged, or made from another text or tokenizer")
-    return np.frombuffer(raw, "<u2", offset=HEADER)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Batches
+# ----- Batches -----
 
 
 @functools.lru_cache(maxsize=8)

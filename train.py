@@ -457,13 +457,13 @@ def train(o):
 
     # ----- set-up: the log. Its rows are all that triggers and tables know, and a checkpoint holds them -----
     evals, events = ([row for row in log if row["kind"] == kind] for kind in ("eval", "event"))
-    log_file = data.open_log(out / "metrics.jsonl", log) if rank == 0 else None
+    if rank == 0:
+        data.write_jsonl(out / "metrics.jsonl", log, "w")
 
     def record(kind, **row):
         log.append({"kind": kind, **row})
         if rank == 0:
-            log_file.write(data.json_line(log[-1]))
-            log_file.flush()
+            data.write_jsonl(out / "metrics.jsonl", log[-1:], "a")
         return log[-1]
 
     def say(text):
@@ -658,7 +658,6 @@ def train(o):
         protocol=ev.protocol("test", o.block_size, device, dtype),
     )  # fmt: skip
     if rank == 0:
-        log_file.close()
         run = ev.read_run(out)
         try:
             model.save_pretrained(out / "model", ev.model_card(run))

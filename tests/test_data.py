@@ -98,13 +98,13 @@ def ids_of(text):
 
 
 def test_token_file_is_made_once_and_holds_what_it_says(tmp_path, monkeypatch):
-    """512 bytes of JSON, then uint16, little-endian; the second time nothing is tokenised."""
+    """A sha256 of its name and ids, then uint16, little-endian; the second time nothing is tokenised."""
     ids = ids_of("hello")
     (path,) = (tmp_path / "cache" / "tokens").glob("*.bin")
     raw = path.read_bytes()
-    assert raw[512:] == b"h\0e\0l\0l\0o\0" and len(raw) == 522
-    header = json.loads(raw[:512])
-    assert header["source"] == hashlib.sha256(b"hello").hexdigest() and header["count"] == 5
+    assert raw[32:] == b"h\0e\0l\0l\0o\0" and len(raw) == 42
+    assert path.name == f"bytes-{hashlib.sha256(b'hello').hexdigest()}.bin"
+    assert raw[:32] == hashlib.sha256(path.name.encode() + raw[32:]).digest()
     monkeypatch.setattr(data, "encode", None)
     assert ids_of("hello").tolist() == ids.tolist() == list(b"hello")
     assert ids_of("hello").dtype == np.uint16
@@ -121,30 +121,38 @@ def damage_bit(raw):
     return raw[:600] + bytes([raw[600] ^ 1]) + raw[601:]
 
 
+def file_named(name):
+    """A whole token file with the ids of the text below, that was made under another name."""
+    ids = b"x\0" * 1000
+    return hashlib.sha256(name.encode() + ids).digest() + ids
+
+
+SOURCE = hashlib.sha256(b"x" * 1000).hexdigest()
 BAD_FILES = {
     "flipped bit": damage_bit,
     "cut": lambda raw: raw[:-2],
     "longer": lambda raw: raw + b"ab",
     "empty": lambda raw: b"",
-    "no header": lambda raw: b" " * 512 + raw[512:],
-    "another version": lambda raw: raw.replace(b'"version": 1', b'"version": 2'),
-    "another text": lambda raw: raw.replace(hashlib.sha256(b"x" * 1000).hexdigest().encode(), b"0" * 64),
-    "another tokenizer": lambda raw: raw.replace(b'"tokenizer": "bytes"', b'"tokenizer": "gpt2" '),
+    "no header": lambda raw: b" " * 32 + raw[32:],
+    "another version": lambda raw: b'{"version": 1}'.ljust(512) + raw[32:],
+    "another text": lambda raw: file_named(f"bytes-{'0' * 64}.bin"),
+    "another tokenizer": lambda raw: file_named(f"gpt2-{SOURCE}.bin"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_token_file_is_refused_and_made_again(tmp_path, name, capsys):
+def test_bad_token_file_is_refused_and_made_again(tmp_path, monkeypatch, name, capsys):
     """A stale, foreign or damaged token file is never read as tokens: it is named and rebuilt."""
     text = "x" * 1000
     ids_of(text)
     (path,) = (tmp_path / "cache" / "tokens").glob("*.bin")
     good = path.read_bytes()
+    assert good == file_named(f"bytes-{SOURCE}.bin")
     path.write_bytes(BAD_FILES[name](good))
-    with pytest.raises(ValueError, match=path.name):
-        data.read_bin(path, hashlib.sha256(text.encode()).hexdigest(), "bytes")
+    encode, seen = data.encode, []
+    monkeypatch.setattr(data, "encode", lambda *args: seen.append(args) or encode(*args))
     assert ids_of(text).tolist() == [120] * 1000
-    assert path.name in capsys.readouterr().err
+    assert len(seen) == 1 and path.name in capsys.readouterr().err
     assert path.read_bytes() == good
 
 
@@ -398,16 +406,16 @@ def test_checkpoint_of_another_format_is_not_called_damaged(tmp_path):
 def test_log_is_strict_json(tmp_path):
     """JSON has no NaN and no Infinity, and many programs refuse them: they never get into a log."""
     path, rows = tmp_path / "metrics.jsonl", [{"kind": "step", "loss": 1.5, "norm": None}]
-    with data.open_log(path, rows) as log:
-        log.write(data.json_line({"kind": "eval"}))
+    path.write_text("what was here")
+    data.write_jsonl(path, rows, "w")
+    data.write_jsonl(path, [{"kind": "eval"}], "a")
     assert data.read_jsonl(path) == [*rows, {"kind": "eval"}]
     before = path.read_bytes()
     for bad in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(ValueError, match="JSON"):
-            data.json_line({"loss": {"base": bad}})
-        with pytest.raises(ValueError, match="JSON"):
-            data.open_log(path, [*rows, {"loss": bad}])
-        assert path.read_bytes() == before
+        for mode in "aw":
+            with pytest.raises(ValueError, match="JSON"):
+                data.write_jsonl(path, [*rows, {"loss": {"base": bad}}], mode)
+            assert path.read_bytes() == before
         (tmp_path / "bad.jsonl").write_text(json.dumps({"loss": bad}))
         with pytest.raises(data.UserError, match=r"bad.jsonl, line 1: not JSON"):
             data.read_jsonl(tmp_path / "bad.jsonl")
@@ -456,12 +464,25 @@ def test_second_process_in_a_run_is_refused_until_the_first_is_gone(tmp_path):
     data.lock_run(tmp_path).close()
 
 
-def test_system_without_locks_says_so(tmp_path, monkeypatch, capsys):
-    """On Windows, and on disks that have no locks, a run goes on with one sentence."""
-    monkeypatch.setattr(data, "fcntl", None)
+class NoLocks:
+    """fcntl on a disk that has no locks."""
+
+    LOCK_EX, LOCK_NB = 2, 4
+
+    @staticmethod
+    def flock(*args):
+        raise OSError(37, "No locks available")
+
+
+@pytest.mark.parametrize("fcntl", [None, NoLocks])
+def test_system_without_locks_says_so(tmp_path, monkeypatch, capsys, fcntl):
+    """On Windows, and on disks that have no locks, a run goes on with one sentence, a download with none."""
+    monkeypatch.setattr(data, "fcntl", fcntl)
     for _ in range(2):
         data.lock_run(tmp_path).close()
-        assert "do not start a second process" in capsys.readouterr().err
+        assert f"do not start a second process in {tmp_path}\n" in capsys.readouterr().err
+    data.lock(tmp_path / "file.lock").close()
+    assert capsys.readouterr().err == ""
 
 
 # ----- batches -----

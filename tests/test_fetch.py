@@ -276,7 +276,7 @@ def test_waiting_process_finds_the_file(tmp_path):
     if data.fcntl is None:
         pytest.skip("no file locks on this system")
     path = tmp_path / "weights"
-    with serve() as (url, seen), data.lock(path):
+    with serve() as (url, seen), data.lock(tmp_path / "weights.lock"):
         result = []
         other = threading.Thread(target=lambda: result.append(fetch([f"{url}/weights"], path)))
         other.start()

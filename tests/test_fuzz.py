@@ -286,23 +286,18 @@ def test_config(tmp_path, mutation):
     fuzz(folder / "config.json", lambda: shape(folder), 2000, 7, mutation, ("model.safetensors",), other=True)
 
 
-def test_bin(tmp_path):
+def test_bin(tmp_path, monkeypatch):
     """A damaged token file must be refused (it is then made again), never trained on."""
-    path, source = tmp_path / "text-train-bytes.bin", "a" * 64
-    ids = np.random.default_rng(0).integers(0, 257, 3000).astype(np.uint16)
-    path.write_bytes(data.token_file(ids.tobytes(), source, "bytes"))
-    fuzz(path, lambda: np.array(data.read_bin(path, source, "bytes")), 5000, 8)
+    text = "".join(map(chr, np.random.default_rng(0).integers(0, 128, 3000)))
+    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path)
+    data.tokens_of(text, data.BYTES)
+    (path,) = (tmp_path / "tokens").glob("*.bin")
 
+    def refuse(*args):
+        raise ValueError(f"{path.name} is made again")
 
-def test_bin_header(tmp_path):
-    """The header of a token file is JSON, too: whatever it says, the tokens are right or refused."""
-    path, source = tmp_path / "text-train-bytes.bin", "a" * 64
-    path.write_bytes(data.token_file(np.arange(500, dtype=np.uint16).tobytes(), source, "bytes"))
-
-    def mutate_header(rng, good):
-        return mutate_json(rng, good[:512].rstrip()).ljust(512) + good[512:]
-
-    fuzz(path, lambda: np.array(data.read_bin(path, source, "bytes")), 3000, 9, mutate_header)
+    monkeypatch.setattr(data, "encode", refuse)
+    fuzz(path, lambda: data.tokens_of(text, data.BYTES), 5000, 8)
 
 
 def save_checkpoint(path, moments):
