@@ -31,44 +31,41 @@ import data
 from data import UsageError, UserError
 from model import GPT, SIZES, cross_entropy
 
-# ------------------------------------------------------------------------------------------------------------
-# The machine
+# ----- The machine -----
 
 
 def choose_machine(device="auto", dtype="auto"):
     """(torch.device, torch.dtype, reasons): every choice is said once, with its reason."""
-    why, why_dtype = "asked for", "asked for"
+    why = why_dtype = "asked for"
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device, why = next(name for name in there if there[name]), "the fastest that torch sees"
     if not there[device]:
         raise UsageError(f"--device={device}, but torch sees none: use --device=auto")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cuda" and here > max(torch.cuda.device_count(), 1):
-        gpus = torch.cuda.device_count()
-        raise UsageError(f"{here} processes for {gpus} GPUs: start fewer, or give --device=cpu")
-    chosen = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+    chosen, capable = torch.device(device), torch.cpu.get_capabilities()
+    native = any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
     if device == "cpu":
         keep_freed_memory()
     if device == "cuda":
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > max(gpus, 1):
+            raise UsageError(f"{processes} processes for {gpus} GPUs: start fewer, or give --device=cpu")
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if dtype == "auto" and device == "mps":
-        dtype, why_dtype = "float32", "autocast is not used on mps"
-    elif dtype == "auto":
-        capable = torch.cpu.get_capabilities()
-        on_cpu = any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
-        native = torch.cuda.is_bf16_supported(False) if device == "cuda" else on_cpu
+        native = torch.cuda.is_bf16_supported(False)
+    if dtype == "auto":
         dtype = "bfloat16" if native else "float16" if device == "cuda" else "float32"
         why_dtype = "native here" if native else "no native bfloat16"
+        if device == "mps":
+            dtype, why_dtype = "float32", "autocast is not used on mps"
     return chosen, getattr(torch, dtype), [f"device {chosen}: {why}", f"dtype {dtype}: {why_dtype}"]
 
 
 def keep_freed_memory():
-    """On a CPU: let glibc keep what a step frees, for the next step asks for the same sizes again.
-
-    By default it gives large pieces back, and the system zeroes and maps them anew page by page, which can
-    take half of an eager step. (mallopt(3); other allocators are left alone.)"""
+    """On a CPU: let glibc keep what a step frees, for the next step asks for the same sizes again. By default
+    it gives large pieces back, and the system maps and zeroes them anew: up to half of an eager step.
+    (mallopt(3); other allocators are left alone.)"""
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # give nothing back,
@@ -82,16 +79,15 @@ def duration(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The one loss
+# ----- The one loss -----
 
 
 def protocol(split, context, device, dtype, average="token"):
     """What the figures beside it are, in one sentence. On CUDA, products of float32 matrices are in TF32."""
     tf32 = dtype == torch.float32 and device.type == "cuda" and torch.cuda.is_tf32_supported()
     blocks = "TF32" if tf32 else str(dtype).removeprefix("torch.")
-    how = f"context {context}, stride {context}, nats per token, mean by {average}"
-    return f"{split} split, {how}; blocks in {blocks}, logits in float32"
+    how = f"{split} split, context {context}, stride {context}, nats per token, mean by {average}"
+    return f"{how}; blocks in {blocks}, logits in float32"
 
 
 def count_windows(count, block_size, windows=0):
@@ -106,10 +102,9 @@ def window_batches(tokens, block_size, batch_size, windows):
     Targets are -1 where nothing is predicted: at each window's last position, and in what fills up the last
     window and the last batch."""
     for first in range(0, windows, batch_size):
-        part = tokens[first * block_size : min(first + batch_size, windows) * block_size]
-        ids = torch.full((batch_size * block_size,), -1)
-        ids[: len(part)] = torch.from_numpy(part.astype(np.int64))
-        ids = ids.view(batch_size, block_size)
+        part = tokens[first * block_size : (first + batch_size) * block_size].astype(np.int64)
+        ids = torch.full((batch_size, block_size), -1)
+        ids.view(-1)[: len(part)] = torch.from_numpy(part)
         yield first, ids.clamp(min=0), F.pad(ids[:, 1:], (0, 1), value=-1)
 
 
@@ -141,10 +136,10 @@ def logits(model, x):
 
 @torch.no_grad()
 def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0):
-    """Add up, in each window, what measure(x, y) says of its predicted tokens: a dict of (B, T) tensors.
+    """Add up, in each window, what measure(x, y) says of its predicted tokens: K tensors (B, T).
 
-    Returns a dict of float64 tensors (windows,): the sums under the same names, and "tokens", how many were
-    predicted. windows = 0 takes the whole split. Ranks share the batches, and all get the whole result."""
+    Returns (K + 1, windows) in float64: the sums, and how many tokens were predicted. windows = 0 takes the
+    whole split. Ranks share the batches, and all get the whole result."""
     windows = count_windows(len(tokens), block_size, windows)
     batches = window_batches(tokens, block_size, batch_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -153,16 +148,15 @@ def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0):
         for i, (first, x, y) in enumerate(batches if rank else with_time_left(batches, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
-                values = {name: torch.where(y >= 0, v, 0.0) for name, v in measure(x, y).items()}
-                measured[first] = {**values, "tokens": y >= 0}
-    for first, values in measured.items():  # fetched after everything is launched
-        measured[first] = {name: v.cpu().double().sum(-1) for name, v in values.items()}
+                values = torch.stack([*measure(x, y), (y >= 0).float()])  # (K + 1, B, T)
+                measured[first] = torch.where(y >= 0, values, 0.0)
+    # Fetched after everything is launched: {first window: (K + 1, B)}
+    measured = {first: values.cpu().double().sum(-1) for first, values in measured.items()}
     if world > 1:  # each window has one owner, so these are the sums of a single process, to the last bit
         everyone = [None] * world
         dist.all_gather_object(everyone, measured)
         measured = {first: sums for one in everyone for first, sums in one.items()}
-    batches = [measured[first] for first in sorted(measured)]
-    return {name: torch.cat([sums[name] for sums in batches])[:windows] for name in batches[0]}
+    return torch.cat([measured[first] for first in sorted(measured)], 1)[:, :windows]
 
 
 def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="token"):
@@ -177,16 +171,15 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
         raise UserError(f"block_size must be from 2 to the model's {limit}, not {block_size}")
     if len(tokens) < 2:
         raise UserError("there is nothing to predict in fewer than two tokens")
-    was_training = model.training
+
+    def measure(x, y):
+        return [cross_entropy(logits(model, x), y)]  # (B, T)
+
+    was_training, device = model.training, model.wte.weight.device
     model.eval()
-    sums = sum_windows(
-        lambda x, y: {"nats": cross_entropy(logits(model, x), y)},
-        model.wte.weight.device, tokens, block_size, batch_size, windows,
-    )  # fmt: skip
+    nats, predicted = sum_windows(measure, device, tokens, block_size, batch_size, windows)
     model.train(was_training)
-    if average == "window":
-        return (sums["nats"] / sums["tokens"]).mean().item()
-    return (sums["nats"].sum() / sums["tokens"].sum()).item()
+    return ((nats / predicted).mean() if average == "window" else nats.sum() / predicted.sum()).item()
 
 
 def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
@@ -203,28 +196,27 @@ def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
         kl = [F.kl_div(q_row, p_row, log_target=True, reduction="none").sum(-1) for p_row, q_row in zip(p, q)]
         targets = y.clamp(min=0)[..., None]  # (B, T, 1)
         base_nats, grown_nats = (-log_p.gather(-1, targets)[..., 0] for log_p in (p, q))  # (B, T)
-        return {"base": base_nats, "grown": grown_nats, "kl": torch.stack(kl)}
+        return base_nats, grown_nats, torch.stack(kl)
 
     base.eval(), grown.eval()
-    sums = sum_windows(measure, grown.wte.weight.device, tokens, block_size, batch_size, windows)
-    means = {name: (sums[name].sum() / sums["tokens"].sum()).item() for name in ("base", "grown", "kl")}
-    return {"windows": len(sums["tokens"]), "mixed": None, **means}
+    *sums, predicted = sum_windows(measure, grown.wte.weight.device, tokens, block_size, batch_size, windows)
+    base_loss, grown_loss, kl = ((total.sum() / predicted.sum()).item() for total in sums)
+    return {"windows": len(predicted), "base": base_loss, "grown": grown_loss, "mixed": None, "kl": kl}
 
 
-@torch.no_grad()
 def block_use(model, tokens, block_size, rows=8):
     """For each block, mean over tokens of |block(x) - x| / |x|: how much it changes what passes."""
-    model.eval()
-    device, use = model.wte.weight.device, []
-    _, x, y = next(window_batches(tokens, block_size, rows, rows))
-    x, predicts = model.embed(x.to(device)), (y >= 0).to(device)
-    with torch.compiler.set_stance("force_eager"):
+
+    def measure(x, y):
+        x = model.embed(x)  # (B, T, C)
         for block in model.h:
-            out = block(x)  # (B, T, C)
-            ratio = (out - x).norm(dim=-1) / x.norm(dim=-1)  # (B, T)
-            use.append(ratio[predicts].mean().item())
+            out = block(x)
+            yield (out - x).norm(dim=-1) / x.norm(dim=-1)  # (B, T)
             x = out
-    return use
+
+    model.eval()
+    *sums, predicted = sum_windows(measure, model.wte.weight.device, tokens, block_size, rows, rows)
+    return [(total.sum() / predicted.sum()).item() for total in sums]
 
 
 @torch.no_grad()
@@ -246,8 +238,7 @@ def lambada(model):
     return {"accuracy": right / count, "perplexity": ppl(nats / count), "passages": count}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run in numbers. Everything comes from its metrics.jsonl.
+# ----- A run in numbers. Everything comes from its metrics.jsonl. -----
 
 
 def read_run(folder):
@@ -267,7 +258,7 @@ def read_run(folder):
 
 
 def unfinished(folder):
-    return f"{Path(folder).absolute()} is not finished: run its command again with --resume"
+    return UserError(f"{Path(folder).absolute()} is not finished: run its command again with --resume")
 
 
 def ppl(loss):
@@ -282,27 +273,28 @@ def forgetting(result):
 
 def slope(evals, first, last):
     """Nats per 1,000 steps: least squares through the validation losses from step `first` to `last`."""
-    points = sorted({e["step"]: e["learn"] for e in evals if first <= e["step"] <= last}.items())
+    points = [(e["step"], e["learn"]) for e in evals if first <= e["step"] <= last]
     return 1000 * np.polyfit(*zip(*points), 1)[0] if len(points) > 1 else None
 
 
 def scaling_rows(run):
     """One dict per growth. Nothing is extrapolated: a few growths make no law."""
-    rows, begin, last = [], 0, run["eval"][-1]
+    events, evals, rows = run["event"], run["eval"], []
+    steps = [0, *(e["step"] for e in events), evals[-1]["step"]]
+    reached = [*(e["learn_before"] for e in events[1:]), evals[-1]["learn"]]  # just before what came next
     generation = [0] * run["header"]["layers"]  # of each block, at the end
-    for k, e in enumerate(run["event"], 1):
-        generation[e["at"] : e["at"]] = [k] * (e["layers_after"] - e["layers_before"])
-    following = [*run["event"][1:], {**last, "learn_before": last["learn"]}]
-    for k, (e, after) in enumerate(zip(run["event"], following), 1):
+    for e in events:
+        generation[e["at"] : e["at"]] = [e["generation"]] * (e["layers_after"] - e["layers_before"])
+    for k, e in enumerate(events):
+        use = [u for u, g in zip(run["result"]["block_use"], generation) if g == e["generation"]]
         rows.append({
             **{key: e[key] for key in ("step", "tokens", "parameters", "flops")}, "layers": e["layers_after"],
             "loss_before": e["learn_before"], "loss_after": e["learn_after"],
-            "slope_before": slope(run["eval"], begin, e["step"]),
-            "slope_after": slope(run["eval"], e["step"], after["step"]),
-            "gain_per_million": (e["learn_after"] - after["learn_before"]) / (e["trainable"] / 1e6),
-            "use": float(np.mean([use for use, g in zip(run["result"]["block_use"], generation) if g == k])),
+            "slope_before": slope(evals, *steps[k : k + 2]),
+            "slope_after": slope(evals, *steps[k + 1 : k + 3]),
+            "gain_per_million": (e["learn_after"] - reached[k]) / (e["trainable"] / 1e6),
+            "use": sum(use) / len(use),
         })  # fmt: skip
-        begin = e["step"]
     return rows
 
 
@@ -317,104 +309,60 @@ def markdown(rows):
     return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)
 
 
-def results_table(runs):
-    """A row for each of several runs."""
-    rows = []
-    for run in runs:
-        r, new, old = run["result"], run["result"]["learn"], run["result"]["retain"]
-        rows.append([
-            ("run", Path(run["folder"]).name, ""),
-            ("learn base", new["base"], ".4f"), ("grown", new["grown"], ".4f"),
-            ("ppl base", ppl(new["base"]), ".2f"), ("grown", ppl(new["grown"]), ".2f"),
-            ("windows", new.get("windows"), ","), ("retain base", old["base"], ".4f"),
-            ("grown", old["grown"], ".4f"), ("forgetting", forgetting(r), "+.4f"), ("KL", old["kl"], ".4f"),
-            ("windows", old.get("windows"), ","), ("layers", r["layers"], ""),
-            ("parameters", r["parameters"], ","), ("trainable", r["trainable"], ","),
-            ("TFLOP", r["flops"] / 1e12, ",.2f"), ("minutes", r["seconds"] / 60, ".1f"),
-        ])  # fmt: skip
-    return markdown(rows)
-
-
-def tables(run):
-    """Four tables of one finished run: summary, base against grown, growths, scaling."""
-    r, start, new, old = run["result"], run["header"], run["result"]["learn"], run["result"]["retain"]
-    summary = [
-        ("layers", start["layers"], r["layers"], ""),
-        ("parameters", start["parameters"], r["parameters"], ","),
-        ("trainable parameters at the end", "", f"{r['trainable']:,}", ""),
-        ("test loss, learn", new["base"], new["grown"], ".4f"),
-        ("test perplexity, learn", ppl(new["base"]), ppl(new["grown"]), ".2f"),
-    ]
-    summary = [[("", name, ""), ("initial", a, form), ("final", b, form)] for name, a, b, form in summary]
-    versus = [
-        [("domain", f"{name}: {text['dataset']}", ""), ("loss base", text["base"], ".4f"),
-         ("loss grown", text["grown"], ".4f"), ("change", text["grown"] - text["base"], "+.4f"),
+def comparison(runs):
+    """Base against grown: a row for each text that a run measured, and below it a line for each run."""
+    texts = [(name, run, run["result"][name]) for name in ("learn", "retain") for run in runs]
+    rows = [
+        [("text", f"{name}: {text['dataset']}", ""), ("run", Path(run["folder"]).name, ""),
+         ("loss base", text["base"], ".4f"), ("loss grown", text["grown"], ".4f"),
+         ("change", text["grown"] - text["base"], "+.4f"), ("KL(base, grown)", text["kl"], ".4f"),
          ("ppl base", ppl(text["base"]), ".2f"), ("ppl grown", ppl(text["grown"]), ".2f"),
-         ("KL(base, grown)", text["kl"], ".4f"), ("windows", text.get("windows"), ",")]
-        for name, text in (("learn", new), ("retain", old)) if text["base"] is not None
+         ("windows", text["windows"], ",")]
+        for name, run, text in texts if text["base"] is not None
     ]  # fmt: skip
-    growths = [
+    protocols = sorted({run["result"]["protocol"] for run in runs})
+    return "\n".join([markdown(rows), "", *protocols, *map(summary, runs)])
+
+
+def summary(run):
+    """What a run changed, and what it cost."""
+    r, start, forgot = run["result"], run["header"], forgetting(run["result"])
+    forgot = "was not measured" if forgot is None else f"{forgot:+.4f}"
+    return f"""{Path(run["folder"]).name}: {start["layers"]} -> {r["layers"]} layers, \
+{start["parameters"]:,} -> {r["parameters"]:,} parameters, {r["trainable"]:,} trainable at the end; \
+{r["tokens"]:,} tokens, {r["flops"] / 1e12:,.2f} TFLOP; {r["seconds"]:.0f} s in all, \
+{r["train_seconds"]:.0f} s of them training; forgetting {forgot}"""
+
+
+def growths(run):
+    """A row for each growth: what it added, that it changed nothing, and what came of it."""
+    rows = [
         [("step", e["step"], ""), ("layers", f"{e['layers_before']} -> {e['layers_after']}", ""),
-         ("at", e["at"], ""), ("added", e["parameters_added"], ","),
-         ("val loss before", e["learn_before"], ".6f"), ("val loss after", e["learn_after"], ".6f"),
-         ("delta", e["learn_after"] - e["learn_before"], "g")]
-        for e in run["event"]
-    ]  # fmt: skip
-    scaling = [
-        [("step", s["step"], ""), ("tokens", s["tokens"], ","), ("layers", s["layers"], ""),
-         ("parameters", s["parameters"], ","), ("TFLOP", s["flops"] / 1e12, ",.2f"),
-         ("val loss", s["loss_before"], ".4f"), ("delta", s["loss_after"] - s["loss_before"], "g"),
+         ("at", e["at"], ""), ("added", e["parameters_added"], ","), ("tokens", e["tokens"], ","),
+         ("TFLOP", e["flops"] / 1e12, ",.2f"), ("loss before", e["learn_before"], ".6f"),
+         ("loss after", e["learn_after"], ".6f"), ("delta", e["learn_after"] - e["learn_before"], "g"),
          ("slope before", s["slope_before"], "+.3f"), ("slope after", s["slope_after"], "+.3f"),
          ("gain / M params", s["gain_per_million"], "+.4f"), ("use", s["use"], ".3f")]
-        for s in scaling_rows(run)
+        for e, s in zip(run["event"], scaling_rows(run))
     ]  # fmt: skip
-    return [markdown(rows) if rows else "no growth" for rows in (summary, versus, growths, scaling)]
+    if not rows:
+        return "no growth"
+    start, c = run["header"], run["header"]["config"]
+    windows = count_windows(start["tokens"]["learn"]["val"], c["block_size"], c["eval_windows"])
+    return f"""{markdown(rows)}
 
-
-def results(run):
-    """A finished run's tables and what they say, in Markdown: printed at its end, and part of its card."""
-    r, old, start = run["result"], run["result"]["retain"], run["header"]
-    c = start["config"]
-    windows = count_windows(start["tokens"]["learn"]["val"], c["block_size"], c.get("eval_windows", 0))
-    summary, versus, growths, scaling = tables(run)
-    retention = "No old text was measured in this run, so it says nothing about forgetting."
-    if old["base"] is not None:
-        retention = (
-            f"On `{old['dataset']}` the loss went from {old['base']:.4f} to {old['grown']:.4f} nats per "
-            f"token ({forgetting(r):+.4f}); mean KL(base, grown) {old['kl']:.4f} nats per token."
-        )
-    return f"""## Results
-{summary}
-
-{r["protocol"]}
-
-{versus}
-
-## Retention
-{retention}
-
-## Growth events
-Loss just before and just after, on {windows} windows of the validation split; context and precision as above.
-Delta must be 0.
-
-{growths}
-
-## Scaling
-On the same windows. Slopes: nats per 1,000 steps. Gain: nats until the next growth, per million parameters
-that trained. Use: |block(x) - x| / |x|.
-
-{scaling}
-
-{r["seconds"]:.0f} s in all, {r["train_seconds"]:.0f} s of them training; {r["tokens"]:,} tokens, \
-{r["flops"] / 1e12:,.2f} TFLOP."""
+Losses: on {windows} windows of the validation split, else as above; delta must be 0. Slope: nats per 1,000
+steps. Gain: nats until the next growth, per million parameters that trained. Use: |block(x) - x| / |x|."""
 
 
 def report(run):
-    """What is said when a run ends, and of one run by eval.py: its results, and how to go on."""
+    """A finished run in Markdown: printed when it ends, or by eval.py, and part of its card."""
     folder = shlex.quote(run["folder"])
-    return f"""Summary of {run["folder"]}
+    return f"""## Summary of {run["folder"]}
+{comparison([run])}
 
-{results(run)}
+## Growths
+{growths(run)}
 
 The model: {folder}/model
 These tables again: python eval.py {folder}
@@ -422,8 +370,7 @@ A picture of them: python eval.py {folder} --plot=run.png
 Text from the model: python eval.py {folder} --prompt='Once upon a time'"""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Picture and card
+# ----- Picture and card -----
 
 
 def plot(runs, path):
@@ -440,14 +387,14 @@ def plot(runs, path):
     curves.set(xlabel="step", ylabel="validation loss", title="learn (solid), retain (dashed), growths")
     frontier.set(xlabel="learn: test loss", ylabel="retain: forgetting", title="lower left is better")
     for i, run in enumerate(runs):
-        color, name, r = f"C{i}", Path(run["folder"]).name, run["result"]
-        steps = [e["step"] for e in run["eval"]]
-        curves.plot(steps, [e["learn"] for e in run["eval"]], color=color, label=name)
+        name, color, forgot = Path(run["folder"]).name, f"C{i}", forgetting(run["result"])
+        steps, new, old = zip(*((e["step"], e["learn"], e["retain"]) for e in run["eval"]))
+        curves.plot(steps, new, color=color, label=name)
         for e in run["event"]:
             curves.plot(e["step"], e["learn_after"], "o", color=color)
-        if r["retain"]["base"] is not None:
-            point = r["learn"]["grown"], forgetting(r)
-            curves.plot(steps, [e["retain"] for e in run["eval"]], "--", color=color)
+        if forgot is not None:
+            curves.plot(steps, old, "--", color=color)
+            point = run["result"]["learn"]["grown"], forgot
             frontier.plot(*point, "o", color=color)
             frontier.annotate(name, point)
     curves.legend()
@@ -457,8 +404,7 @@ def plot(runs, path):
 
 def model_card(run):
     """The README.md that stands beside a run's export, filled with this run's numbers only."""
-    r, start = run["result"], run["header"]
-    c, folder = start["config"], f"{run['folder']}/model"
+    start, c, folder = run["header"], run["header"]["config"], f"{run['folder']}/model"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
     encode, decode = 'tokenizer.encode("def main():")', "tokenizer.decode(ids)"
     if start["vocab_size"] == data.BYTES:
@@ -467,32 +413,20 @@ def model_card(run):
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2, growing, continual-learning]
 ---
 
-# Growing GPT: {start["layers"]} -> {r["layers"]} layers
+# Growing GPT: {start["layers"]} -> {run["result"]["layers"]} layers
+A GPT-2 that started from `{c["init"]}` and learned `{c["dataset"]}`, of which \
+{start["tokens"]["learn"]["train"]:,} tokens are for training.
+While it trained, blocks were inserted, both output projections of each zero: at every growth, the logits of a
+batch of validation windows stayed the same, bit for bit.
 
-## Description
-A GPT-2 that started from `{c["init"]}` with {start["layers"]} blocks and {start["parameters"]:,} parameters
-and was trained on `{c["dataset"]}` while {r["layers"] - start["layers"]} identity-initialised blocks were
-inserted. It has {r["layers"]} blocks and {r["parameters"]:,} parameters; {r["trainable"]:,} trained at the
-end.
+{report(run)}
 
-## Training data
-Learned: `{c["dataset"]}`, {start["tokens"]["learn"]["train"]:,} training tokens; {r["tokens"]:,} were drawn.
-To be retained: `{c["retain"]}`.
-
-## Configuration
+## Options
 `{start["command"]}`
 
 {markdown([[("option", f"--{name}", ""), ("value", repr(v), "")] for name, v in c.items()])}
-
-## Growth mechanism
-Trigger `{c["trigger"]}`, placement `{c["where"]}`, block init `{c["block_init"]}`, freeze `{c["freeze"]}`.
-An inserted block has zero weight and bias in both output projections, so it adds exactly zero: at every
-growth the logits on a batch of validation windows were compared before and after, and were bitwise equal.
-
-{results(run)}
 
 ## Usage
 ```python
@@ -507,18 +441,14 @@ ids = model.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=
 print({decode})
 ```
 
-## Limitations
-One run, with seed {c["seed"]}: how much runs differ is not shown here. A language model of this size states
-falsehoods fluently and repeats the biases of its training text.
-
-## Licence
-Weights derived from OpenAI's GPT-2 are under its Modified MIT License; the code is MIT; training data keeps
-its own licence.
+## Limits and licence
+One run, one seed: how much runs differ is not shown. The model states falsehoods fluently and repeats the
+biases of its training text. Weights derived from OpenAI's GPT-2 are under its Modified MIT License, the code
+is MIT, and training text keeps its own licence.
 """
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ----- Command line -----
 
 
 def sample(model, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0):
@@ -565,8 +495,7 @@ def arguments(argv):
     p.add_argument("--average", choices=["token", "window"], default="token", help="weighed alike")
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    p.add_argument("--dtype", choices=dtypes, default="float32", help="of the blocks; auto as in train.py")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="float32")
     p.add_argument("--cache_dir", default="")
     a = p.parse_args(argv)
     if a.dataset:
@@ -574,37 +503,47 @@ def arguments(argv):
     if min(a.batch_size, a.max_new_tokens) < 1 or min(a.windows, a.top_k, a.block_size) < 0:
         raise UsageError("batch_size, max_new_tokens must be 1 or more; windows, top_k, block_size 0 or more")
     typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    for option in sorted(typed & NEEDS.keys()):
-        if not typed.intersection(NEEDS[option].split()):
+    measures = typed & {"--dataset", "--prompt", "--lambada"}
+    for option in sorted(typed):
+        if option in NEEDS and not measures.intersection(NEEDS[option].split()):
             raise UsageError(f"{option} does nothing without {NEEDS[option].replace(' ', ' or ')}")
-    for option in sorted(typed & {"--json", "--plot"}):
-        if typed & {"--dataset", "--prompt", "--lambada"}:
-            raise UsageError(f"{option} is for the tables of runs: not with --dataset, --prompt, --lambada")
+        if option in ("--json", "--plot") and measures:
+            raise UsageError(f"{option} is for the tables of runs: not with {', '.join(measures)}")
     return a
 
 
 def print_tables(a):
     """Of finished runs, as text or as JSON, after their picture."""
     runs = [read_run(name) for name in a.names]
+    finished = [run for run in runs if run["result"]]
+    if not finished:
+        raise unfinished(a.names[0])
     for run in runs:
-        if run["result"] is None and len(runs) > 1:
+        if not run["result"]:
             print(unfinished(run["folder"]), file=sys.stderr)
-    runs = [run for run in runs if run["result"] is not None]
-    if not runs:
-        raise UserError(unfinished(a.names[0]))
     if a.plot:
-        plot(runs, a.plot)
+        plot(finished, a.plot)
     if a.json:
         rows = [
             {"run": run["folder"], "command": run["header"]["command"], **run["result"],
              "forgetting": forgetting(run["result"]), "scaling": scaling_rows(run)}
-            for run in runs
+            for run in finished
         ]  # fmt: skip
         print(json.dumps(rows, indent=1, allow_nan=False))
-    elif len(runs) == 1:
-        print(report(runs[0]))
+    elif len(finished) == 1:
+        print(report(finished[0]))
     else:
-        print(results_table(runs), "", *sorted({run["result"]["protocol"] for run in runs}), sep="\n")
+        print(comparison(finished))
+
+
+def load_model(name):
+    """(model, context in tokens): of a run, what it exported and trained with; else the whole context."""
+    if name in SIZES or not (Path(name) / "metrics.jsonl").exists():
+        model = GPT.from_pretrained(name)
+        return model, model.config.block_size
+    if not (Path(name) / "model").exists():
+        raise unfinished(name)
+    return GPT.from_pretrained(f"{name}/model"), read_run(name)["header"]["config"]["block_size"]
 
 
 def main(argv):
@@ -615,14 +554,8 @@ def main(argv):
     device, dtype, reasons = choose_machine(a.device, a.dtype)
     print(*reasons, sep="; ", file=sys.stderr)
     for name in a.names:
-        folder, context = name, a.block_size
-        if name not in SIZES and (Path(name) / "metrics.jsonl").exists():  # a run, not a model
-            folder = f"{name}/model"
-            context = context or read_run(name)["header"]["config"]["block_size"]
-            if not Path(folder).exists():
-                raise UserError(unfinished(name))
-        model = GPT.from_pretrained(folder).to(device).eval()
-        context = context or model.config.block_size
+        model, context = load_model(name)
+        model, context = model.to(device).eval(), a.block_size or context
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if a.prompt is not None:
                 print(sample(model, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))

@@ -66,7 +66,7 @@ def assert_cells(row, **expected):
 
 CONFIG = dict(init="gpt2", dataset="new", retain="old", block_size=128, max_steps=900, batch_size=8,
               grad_accum=1, lr=1e-3, seed=0, trigger="schedule", grow_every=300, first_growth=300,
-              max_growths=2, where="upper", block_init="copy", freeze="older")  # fmt: skip
+              max_growths=2, where="upper", block_init="copy", freeze="older", eval_windows=2)  # fmt: skip
 
 # Two growths, at steps 300 and 600. Under `older` only the newest block trains, so at each growth the
 # parameters added are the parameters that train. (Both deltas are impossible in a run, which would stop: here
@@ -144,59 +144,53 @@ def printed_by(program, *argv):
     return out.getvalue()
 
 
-def test_results_table_of_several_runs(logs):
-    grown, plain, kept = table(printed_by(ev.main, *logs.values()), "forgetting")
-    assert_cells(grown, run="grown", **{
-        "learn base": "4.0000", "grown": "2.0000",
-        "ppl base": "54.60", "grown (2)": "7.39",  # e^4 = 54.598, e^2 = 7.389
-        "retain base": "1.0000", "grown (3)": "1.5000", "forgetting": "+0.5000", "KL": "0.1250",
-        "windows": "40", "windows (2)": "20",
-        "layers": "6", "parameters": "16,000,000", "trainable": "4,000,000",
-        "TFLOP": "1,234.50", "minutes": "90.5",  # 5,430 seconds
-    })  # fmt: skip
-    assert_cells(plain, run="plain", **{
-        "learn base": "3.0000", "grown": "2.5000",
-        "ppl base": "20.09", "grown (2)": "12.18",  # e^3 = 20.086, e^2.5 = 12.182
-        "retain base": "-", "grown (3)": "-", "forgetting": "-", "KL": "-",
-        "windows": "40", "windows (2)": "-",
-        "layers": "3", "parameters": "9,000,000", "trainable": "8,000,000",
-        "TFLOP": "0.50", "minutes": "0.7",  # 42 seconds
-    })  # fmt: skip
-    assert_cells(kept, run="kept", **{
-        "learn base": "1.5000", "grown": "3.0000", "ppl base": "4.48", "grown (2)": "20.09",  # e^1.5 = 4.482
-        "retain base": "2.0000", "grown (3)": "1.7500", "forgetting": "-0.2500", "KL": "0.0312",  # 1/32
-    })  # fmt: skip
+def flat(text):
+    """In one line: a sentence may be broken anywhere."""
+    return " ".join(text.split())
 
 
-def test_summary_of_one_run(logs):
-    rows = {row[""]: row for row in table(printed_by(ev.main, logs["grown"]), "initial")}
-    assert_cells(rows["layers"], initial="4", final="6")
-    assert_cells(rows["parameters"], initial="10,000,000", final="16,000,000")
-    assert_cells(rows["trainable parameters at the end"], final="4,000,000")
-    assert_cells(rows["test loss, learn"], initial="4.0000", final="2.0000")
-    assert_cells(rows["test perplexity, learn"], initial="54.60", final="7.39")
+OF_NEW = {  # of each run, its row on the new text: e^4 = 54.598, e^3 = 20.086, e^2.5 = 12.182, e^2 = 7.389
+    "grown": {"loss base": "4.0000", "loss grown": "2.0000", "change": "-2.0000", "KL(base, grown)": "0.2500",
+              "ppl base": "54.60", "ppl grown": "7.39", "windows": "40"},
+    "plain": {"loss base": "3.0000", "loss grown": "2.5000", "change": "-0.5000", "KL(base, grown)": "0.7500",
+              "ppl base": "20.09", "ppl grown": "12.18", "windows": "40"},
+    "kept": {"loss base": "1.5000", "loss grown": "3.0000", "change": "+1.5000", "KL(base, grown)": "0.0625",
+             "ppl base": "4.48", "ppl grown": "20.09", "windows": "40"},  # e^1.5 = 4.482
+}  # fmt: skip
+OF_OLD = {  # and on the old one, where it was measured: e^1 = 2.718, e^1.5 = 4.482, e^1.75 = 5.755
+    "grown": {"loss base": "1.0000", "loss grown": "1.5000", "change": "+0.5000", "KL(base, grown)": "0.1250",
+              "ppl base": "2.72", "ppl grown": "4.48", "windows": "20"},
+    "kept": {"loss base": "2.0000", "loss grown": "1.7500", "change": "-0.2500", "KL(base, grown)": "0.0312",
+             "ppl base": "7.39", "ppl grown": "5.75", "windows": "20"},
+}  # fmt: skip
+LINES = {  # below the table
+    "grown": "grown: 4 -> 6 layers, 10,000,000 -> 16,000,000 parameters, 4,000,000 trainable at the end; "
+             "921,600 tokens, 1,234.50 TFLOP; 5430 s in all, 5400 s of them training; forgetting +0.5000",
+    "plain": "plain: 3 -> 3 layers, 9,000,000 -> 9,000,000 parameters, 8,000,000 trainable at the end; "
+             "921,600 tokens, 0.50 TFLOP; 42 s in all, 30 s of them training; forgetting was not measured",
+    "kept": "kept: 3 -> 3 layers, 9,000,000 -> 9,000,000 parameters, 8,000,000 trainable at the end; "
+            "921,600 tokens, 0.50 TFLOP; 42 s in all, 30 s of them training; forgetting -0.2500",
+}  # fmt: skip
 
 
-def test_events_of_one_run(logs):
+@pytest.mark.parametrize("names", [["grown", "plain", "kept"], ["grown"], ["plain"], ["kept"]])
+def test_base_against_grown(logs, names):
+    """Of several runs, and of one: a row for each text that was measured, the new text first."""
+    printed = printed_by(ev.main, *(logs[name] for name in names))
+    expected = [("learn: new", name, OF_NEW[name]) for name in names]
+    expected += [("retain: old", name, OF_OLD[name]) for name in names if name in OF_OLD]
+    for row, (text, name, cells) in zip(table(printed, "change"), expected, strict=True):
+        assert_cells(row, text=text, run=name, **cells)
+    assert "Test split. " + " ".join(LINES[name] for name in names) in flat(printed)
+
+
+def test_growths_of_one_run(logs):
+    """The part of the table that says what was done, and that it changed nothing."""
     first, second = table(printed_by(ev.main, logs["grown"]), "added")
     assert_cells(first, step="300", layers="4 -> 5", at="3", added="2,000,000", delta="0.25")
-    assert_cells(first, **{"val loss before": "3.400000", "val loss after": "3.650000"})
+    assert_cells(first, **{"loss before": "3.400000", "loss after": "3.650000"})
     assert_cells(second, step="600", layers="5 -> 6", at="2", added="4,000,000", delta="-0.5")
-    assert_cells(second, **{"val loss before": "2.500000", "val loss after": "2.000000"})
-
-
-def test_base_against_grown_of_one_run(logs):
-    new, old = table(printed_by(ev.main, logs["grown"]), "change")
-    assert_cells(new, domain="learn: new", change="-2.0000", **{
-        "loss base": "4.0000", "loss grown": "2.0000", "ppl base": "54.60", "ppl grown": "7.39",
-        "KL(base, grown)": "0.2500", "windows": "40",
-    })  # fmt: skip
-    assert_cells(old, domain="retain: old", change="+0.5000", **{
-        "loss base": "1.0000", "loss grown": "1.5000", "ppl base": "2.72", "ppl grown": "4.48",
-        "KL(base, grown)": "0.1250", "windows": "20",
-    })  # fmt: skip
-    (only,) = table(printed_by(ev.main, logs["plain"]), "change")  # what was not measured has no row
-    assert_cells(only, domain="learn: new", change="-0.5000")
+    assert_cells(second, **{"loss before": "2.500000", "loss after": "2.000000"})
 
 
 def test_scaling_of_one_run(logs):
@@ -209,30 +203,34 @@ def test_scaling_of_one_run(logs):
 
     Gain: from just after a growth to just before the next one (or the end), per million parameters.
     """
-    first, second = table(printed_by(ev.main, logs["grown"]), "slope after")
-    assert_cells(first, step="300", tokens="307,200", layers="5", parameters="12,000,000", **{
-        "TFLOP": "1.50", "val loss": "3.4000", "delta": "0.25",
-        "slope before": "-2.200", "slope after": "-2.800",
+    printed = printed_by(ev.main, logs["grown"])
+    assert "on 2 windows of the validation split" in flat(printed)  # of the three that its 300 tokens have
+    first, second = table(printed, "slope after")
+    assert_cells(first, step="300", tokens="307,200", **{
+        "TFLOP": "1.50", "slope before": "-2.200", "slope after": "-2.800",
         "gain / M params": "+0.5750",  # (3.65 - 2.5) / 2
         "use": "0.125",
     })  # fmt: skip
-    assert_cells(second, step="600", tokens="614,400", layers="6", parameters="16,000,000", **{
-        "TFLOP": "2.25", "val loss": "2.5000", "delta": "-0.5",
-        "slope before": "-2.800", "slope after": "-1.000",
+    assert_cells(second, step="600", tokens="614,400", **{
+        "TFLOP": "2.25", "slope before": "-2.800", "slope after": "-1.000",
         "gain / M params": "-0.0500",  # (2.0 - 2.2) / 4: it got worse
         "use": "0.250",
     })  # fmt: skip
 
 
+def test_use_is_the_mean_over_the_blocks_of_a_growth(tmp_path):
+    """Two blocks at once, at 1; then a third between them, at 2: old, first, second, first, old, old, old."""
+    rows = [dict(row) for row in GROWN]
+    first, second = (row for row in rows if row["kind"] == "event")
+    first.update(at=1, layers_after=6), second.update(at=2, layers_before=6, layers_after=7)
+    rows[-1].update(layers=7, block_use=[9.0, 0.5, 0.25, 0.125, 9.0, 9.0, 9.0])
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert [row["use"] for row in table(printed_by(ev.main, tmp_path), "use")] == ["0.312", "0.250"]
+
+
 def test_a_run_without_growth_has_no_row_of_growth(logs):
     heads = {head for rows in tables(printed_by(ev.main, logs["plain"])) for head in rows[0]}
     assert "change" in heads and "added" not in heads and "slope after" not in heads
-
-
-def test_totals_of_one_run(logs):
-    printed = printed_by(ev.main, logs["grown"])
-    assert "921,600 tokens" in printed and "1,234.50 TFLOP" in printed
-    assert re.search("5,?430 s in all", printed) and re.search("5,?400 s .*training", printed)
 
 
 def test_json(logs):
@@ -449,25 +447,17 @@ def test_model_card(run):
     """The README.md beside the export says what the log says, in the places where it belongs."""
     card = (run.folder / "model" / "README.md").read_text(encoding="utf-8")
     result, (first, second) = run.result, run.events
-    new, old = result["learn"], result["retain"]
+    old = result["retain"]
     start, end = run.header["parameters"], result["parameters"]
-
-    rows = {row[""]: row for row in table(card, "initial")}
-    assert_cells(rows["layers"], initial="2", final="4")
-    assert_cells(rows["parameters"], initial=f"{start:,}", final=f"{end:,}")
-    assert_cells(rows["trainable parameters at the end"], final=f"{2 * BLOCK:,}")
-    assert_cells(rows["test loss, learn"], initial=f"{new['base']:.4f}", final=f"{new['grown']:.4f}")
-    perplexities = dict(initial=f"{np.exp(new['base']):.2f}", final=f"{np.exp(new['grown']):.2f}")
-    assert_cells(rows["test perplexity, learn"], **perplexities)
 
     for row, event, layers in zip(table(card, "added"), (first, second), ("2 -> 3", "3 -> 4"), strict=True):
         assert_cells(row, step=str(event["step"]), layers=layers, at="1", added=f"{BLOCK:,}", delta="0")
         loss = f"{event['learn_before']:.6f}"
-        assert_cells(row, **{"val loss before": loss, "val loss after": loss})
+        assert_cells(row, **{"loss before": loss, "loss after": loss})
 
     for row, name in zip(table(card, "change"), ("learn", "retain"), strict=True):
         measured = result[name]
-        assert_cells(row, domain=f"{name}: {measured['dataset']}", **{
+        assert_cells(row, text=f"{name}: {measured['dataset']}", run="run", **{
             "loss base": f"{measured['base']:.4f}", "loss grown": f"{measured['grown']:.4f}",
             "change": f"{measured['grown'] - measured['base']:+.4f}",
             "ppl base": f"{np.exp(measured['base']):.2f}", "ppl grown": f"{np.exp(measured['grown']):.2f}",
@@ -478,14 +468,12 @@ def test_model_card(run):
     said = {"--batch_size": "2", "--lr": "0.01", "--freeze": "base", "--dataset": run.inputs.learn}
     assert {name: options[name] for name in said} == said
 
-    flat = " ".join(card.split())  # a sentence may be broken anywhere
-    forgetting = old["grown"] - old["base"]
-    assert f"from {old['base']:.4f} to {old['grown']:.4f} nats per token ({forgetting:+.4f})" in flat
-    assert re.search(rf"KL\(base, grown\) {old['kl']:.4f} nats", flat)
-    assert "2 -> 4 layers" in flat and f"with 2 blocks and {start:,} parameters" in flat
-    assert f"It has 4 blocks and {end:,} parameters; {2 * BLOCK:,} trained" in flat
+    said, forgetting = flat(card), old["grown"] - old["base"]
+    assert f"forgetting {forgetting:+.4f}" in said
+    assert f"2 -> 4 layers, {start:,} -> {end:,} parameters, {2 * BLOCK:,} trainable at the end" in said
+    assert f"{5 * 2 * 2 * 16:,} tokens" in said
     train_tokens = len(data.load(run.inputs.learn, V, T)["train"])
-    assert f"{train_tokens:,} training tokens; {5 * 2 * 2 * 16:,} were drawn" in flat
+    assert f"learned `{run.inputs.learn}`, of which {train_tokens:,} tokens are for training" in said
 
 
 # ------------------------------------------------------------------------------------------------------------
