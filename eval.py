@@ -13,6 +13,7 @@ compute in the precision that stands beside the figures, final norm, head and lo
 
 import argparse
 import ctypes
+import functools
 import json
 import math
 import os
@@ -461,10 +462,10 @@ def sample(model, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, and with its errors in one sentence."""
+    """argparse without abbreviations, with its errors in one sentence and its help in long lines."""
 
     def __init__(self, prog, **more):
-        raw = argparse.RawDescriptionHelpFormatter
+        raw = functools.partial(argparse.RawDescriptionHelpFormatter, width=110)
         super().__init__(prog, formatter_class=raw, allow_abbrev=False, **more)
 
     def error(self, message):

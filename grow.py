@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from data import UserError
 from model import GPT, Block, cross_entropy, init_parameter
 
-# ------------------------------------------------------------------------------------------------------------
-# Insertion
+# ----- Insertion -----
 
 
 def insert_block(model, at, init="copy", generation=None):
@@ -87,8 +86,7 @@ def placement(where, model, growth, max_growths):
     return old[max(below, 1) - 1] + 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Freezing
+# ----- Freezing -----
 
 
 def freeze(model, policy):
@@ -136,8 +134,7 @@ def original(model):
     return net.train(model.training)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Triggers: is a growth due? Pure functions of what the log holds, so there is no state to save.
+# ----- Triggers: is a growth due? Pure functions of what the log holds, so there is no state to save. -----
 
 
 def scheduled(step, first, every):
@@ -158,8 +155,7 @@ def plateau(evals, patience, min_delta, grown=0):
     return bool(evals) and evals[-1][0] - max(improved, grown) >= patience
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The optimizer over growth
+# ----- The optimizer over growth -----
 
 
 def make_optimizer(model, lr, weight_decay, previous=None):
@@ -191,8 +187,7 @@ def load_optimizer_state(model, optimizer, state):
             optimizer.state[p] = {k: v.to(p.device) for k, v in state[name].items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Keeping the old: distillation and EWC
+# ----- Keeping the old: distillation and EWC -----
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
@@ -266,8 +261,7 @@ def original_parameters(model):
     return outside + [(f"h.{i}.{n}", p) for i, b in enumerate(blocks) for n, p in b.named_parameters()]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The objective
+# ----- The objective -----
 
 
 def shared_blocks(a, b):

@@ -28,8 +28,7 @@ import torch.nn.functional as F
 import data
 from data import UserError
 
-# ------------------------------------------------------------------------------------------------------------
-# The network. Shapes: B rows, T tokens a row, C = n_embd channels, V = vocab_size.
+# ----- The network. Shapes: B rows, T tokens a row, C = n_embd channels, V = vocab_size. -----
 
 
 @dataclass
@@ -227,8 +226,7 @@ def sample(logits, temperature, top_k, generator=None):
     return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Weights from a file. OpenAI's format and Hugging Face's hold the tensors raw, one after the other.
+# ----- Weights from a file: both formats hold the tensors raw, one after the other -----
 
 
 def map_tensors(path, tensors, start=0):
@@ -274,8 +272,8 @@ def is_linear(name):
     return name.endswith(".weight") and ".c_" in name
 
 
-# ------------------------------------------------------------------------------------------------------------
-# OpenAI's checkpoint: a TensorFlow "tensor bundle". model.ckpt.data-00000-of-00001 holds the tensors, and
+# ----- OpenAI's checkpoint -----
+# A TensorFlow "tensor bundle": model.ckpt.data-00000-of-00001 holds the tensors, and
 # model.ckpt.index, a LevelDB-style table of serialised BundleEntryProto messages, says where.
 # (tensorflow/core/util/tensor_bundle, .../core/protobuf/tensor_bundle.proto, leveldb/doc/table_format.md)
 
@@ -382,8 +380,8 @@ def crc32c(raw):
     return crc ^ 0xFFFFFFFF
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Hugging Face's format: config.json and model.safetensors (8 bytes: length N; N bytes of JSON; the tensors)
+# ----- Hugging Face's format -----
+# config.json, and model.safetensors: 8 bytes that hold a length N, N bytes of JSON, the tensors.
 
 # What a config.json may say of the architecture without being another one than ours.
 FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
@@ -466,8 +464,7 @@ def save_huggingface(model, folder):
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Where the weights are, and a model's shape, which is known before they are read
+# ----- Where the weights are, and a model's shape, which is known before they are read -----
 
 OPENAI_URLS = [
     "https://openaipublic.blob.core.windows.net/gpt-2/models/{size}/{file}",
