@@ -365,6 +365,15 @@ def code():
     return _split(_shuffled_pieces(path.read_text("utf-8", "replace") for path in files))
 
 
+def headers():
+    """The headers of torch's C++ interface, which every install brings: about a megabyte."""
+    folder = Path(torch.__file__).parent / "include/torch/csrc/api/include"
+    files = sorted(folder.rglob("*.h"))
+    if not files:
+        raise UserError(f"this torch has no headers in {folder}: give another --dataset")
+    return _split(_shuffled_pieces(path.read_text("utf-8", "replace") for path in files))
+
+
 def _shuffled_pieces(texts, size=2000):
     """Pieces of at least `size` characters, cut at line ends, in a fixed order that owes nothing to the
     alphabet: so train, val and test, and any prefix of them, are alike."""
@@ -403,7 +412,7 @@ def _split(texts):
     return {"train": text[:a], "val": text[a:b], "test": text[b:]}
 
 
-BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": code}
+BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": code, "headers": headers}
 
 
 def check_name(name):

@@ -3,6 +3,8 @@
     python eval.py out/demo                                      the result tables of a finished run
     python eval.py out/* --plot=frontier.png                     one table for all runs, and a picture
     python eval.py out/demo --prompt "def main():"               sample from it
+    python eval.py out/demo --dataset=docs,code                  a matrix: each version, and all of them mixed
+    python eval.py out/demo --version=0 --out=out/before         write a version as an ordinary GPT-2
     python eval.py gpt2 --dataset=wikitext2 --block_size=1024    perplexity of any model
     python eval.py gpt2 --lambada                                last-word accuracy on LAMBADA
 
@@ -14,6 +16,7 @@ compute in the precision that stands beside the figures, final norm, head and lo
 import argparse
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -29,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+import grow
 from data import UsageError, UserError
 from model import GPT, SIZES, cross_entropy
 
@@ -63,6 +67,21 @@ def choose_machine(device="auto", dtype="auto"):
     return chosen, getattr(torch, dtype), [f"device {chosen}: {why}", f"dtype {dtype}: {why_dtype}"]
 
 
+def choose_compile(wish, device):
+    """(compile or not, the reason) for --compile=auto, 0 or 1."""
+    if wish == "0" or (wish == "auto" and device.type != "cuda"):
+        return False, "asked for" if wish == "0" else "by default only on CUDA"
+    # Past its limit of graphs torch would go on eagerly with no more than a log line. Let it raise.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; blocks are small enough
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as e:  # no C++ compiler, no Triton ...: whatever it is, eager works
+        return False, f"impossible here ({type(e).__name__}), so eagerly"
+    return True, "asked for" if wish == "1" else "worth it on CUDA"
+
+
 def keep_freed_memory():
     """On a CPU: let glibc keep what a step frees, for the next step asks for the same sizes again. By default
     it gives large pieces back, and the system maps and zeroes them anew: up to half of an eager step.
@@ -83,12 +102,13 @@ def duration(seconds):
 # ----- The one loss -----
 
 
-def protocol(split, context, device, dtype, average="token"):
+def protocol(split, context, device, dtype, average="token", share=None):
     """What the figures beside it are, in one sentence. On CUDA, products of float32 matrices are in TF32."""
+    mixed = "" if share is None else f"; mixed with share {share:g}"
     tf32 = dtype == torch.float32 and device.type == "cuda" and torch.cuda.is_tf32_supported()
     blocks = "TF32" if tf32 else str(dtype).removeprefix("torch.")
     how = f"{split} split, context {context}, stride {context}, nats per token, mean by {average}"
-    return f"{how}; blocks in {blocks}, logits in float32"
+    return f"{how}; blocks in {blocks}, logits in float32{mixed}"
 
 
 def count_windows(count, block_size, windows=0):
@@ -123,24 +143,24 @@ def with_time_left(batches, windows):
         yield first, x, y
 
 
-def logits(model, x):
-    """(B, T, V) in float32 for ids x (B, T), whatever autocast the blocks run under: near -95, where those of
-    GPT-2 lie, bfloat16 has steps of 0.5."""
-    hidden = model.run(model.embed(x))  # (B, T, C)
+def logits(model, hidden):
+    """(B, T, V) in float32 from the last block's output (B, T, C), under any autocast: near -95, where those
+    of GPT-2 lie, bfloat16 has steps of 0.5."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         z = model.head(hidden.to(model.wte.weight.dtype)).float()
     torch.set_float32_matmul_precision(before)
     return z
 
 
 @torch.no_grad()
-def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0):
+def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0, versions=0, share=0.0):
     """Add up, in each window, what measure(x, y) says of its predicted tokens: K tensors (B, T).
 
     Returns (K + 1, windows) in float64: the sums, and how many tokens were predicted. windows = 0 takes the
-    whole split. Ranks share the batches, and all get the whole result."""
+    whole split. If the first few of the K are losses of so many `versions`, the sums of their mixture go
+    before the rest. Ranks share the batches, and all get the whole result."""
     windows = count_windows(len(tokens), block_size, windows)
     batches = window_batches(tokens, block_size, batch_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -151,8 +171,12 @@ def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0):
                 x, y = data.to_device(x, device), data.to_device(y, device)
                 values = torch.stack([*measure(x, y), (y >= 0).float()])  # (K + 1, B, T)
                 measured[first] = torch.where(y >= 0, values, 0.0)
-    # Fetched after everything is launched: {first window: (K + 1, B)}
-    measured = {first: values.cpu().double().sum(-1) for first, values in measured.items()}
+    # Fetched after everything is launched.
+    for first, values in measured.items():
+        values = values.cpu().double()  # (K + 1, B, T)
+        if versions:
+            values = torch.cat([grow.mix(values[:versions], share)[None], values])
+        measured[first] = values.sum(-1)
     if world > 1:  # each window has one owner, so these are the sums of a single process, to the last bit
         everyone = [None] * world
         dist.all_gather_object(everyone, measured)
@@ -166,7 +190,12 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
     average="token" weighs every predicted token alike; "window" is the mean of the windows' means, as
     published GPT-2 perplexities often are. Raises UserError if block_size exceeds the model's or there is
     nothing to predict."""
-    limit = model.config.block_size
+    return evaluate_together([model], tokens, block_size, batch_size, windows, average)[0]
+
+
+def evaluate_together(nets, tokens, block_size=None, batch_size=8, windows=0, average="token", share=0.0):
+    """As `evaluate`: [loss of each network ..., loss of their mixture], in one pass over the text."""
+    limit = nets[-1].config.block_size
     block_size = block_size or limit
     if not 2 <= block_size <= limit:
         raise UserError(f"block_size must be from 2 to the model's {limit}, not {block_size}")
@@ -174,35 +203,50 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
         raise UserError("there is nothing to predict in fewer than two tokens")
 
     def measure(x, y):
-        return [cross_entropy(logits(model, x), y)]  # (B, T)
+        for net, hidden in zip(nets, grow.run_together(nets, x)):
+            yield cross_entropy(logits(net, hidden), y)  # (B, T)
 
-    was_training, device = model.training, model.wte.weight.device
-    model.eval()
-    nats, predicted = sum_windows(measure, device, tokens, block_size, batch_size, windows)
-    model.train(was_training)
-    return ((nats / predicted).mean() if average == "window" else nats.sum() / predicted.sum()).item()
+    was_training, device = nets[-1].training, nets[-1].wte.weight.device
+    for net in nets:
+        net.eval()
+    sums = sum_windows(measure, device, tokens, block_size, batch_size, windows, len(nets), share)
+    for net in nets:
+        net.train(was_training)
+    mixed, *each, predicted = sums  # (windows,) each
+    if average == "window":
+        return [(nats / predicted).mean().item() for nats in (*each, mixed)]
+    return [(nats.sum() / predicted.sum()).item() for nats in (*each, mixed)]
 
 
-def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
-    """{"windows", "base", "grown", "mixed", "kl"}: how many windows there were; both networks' losses and
-    KL(base || grown), how far the distribution moved, right or wrong, in nats per predicted token. All None
-    where there are no tokens."""
+def compare(base, grown, tokens, block_size, batch_size=8, windows=0, share=0.0):
+    """{"windows", "base", "grown", "mixed", "kl"}: how many windows there were; both networks' losses; that
+    of all versions of `grown` mixed, if it has several, the last but one being `base`; KL(base || grown), how
+    far the distribution moved, right or wrong. In nats per predicted token; None without tokens."""
     if tokens is None:
         return dict.fromkeys(("windows", "base", "grown", "mixed", "kl"))
+    versions = grown.config.versions
+    nets = [*(grow.version(grown, g) for g in versions[:-2]), base, grown]
 
     def measure(x, y):
-        p = F.log_softmax(logits(base, x), -1)  # (B, T, V)
-        q = F.log_softmax(logits(grown, x), -1)
+        *earlier, below, above = grow.run_together(nets, x)  # (B, T, C) each
+        for net, hidden in zip(nets, earlier):
+            yield cross_entropy(logits(net, hidden), y)  # (B, T)
+        p = F.log_softmax(logits(base, below), -1)  # (B, T, V)
+        q = F.log_softmax(logits(grown, above), -1)
+        targets = y.clamp(min=0)[..., None]  # (B, T, 1)
+        yield from (-log_p.gather(-1, targets)[..., 0] for log_p in (p, q))
         # Row by row: so no more than p, q and the logits that q is made from are ever alive at once.
         kl = [F.kl_div(q_row, p_row, log_target=True, reduction="none").sum(-1) for p_row, q_row in zip(p, q)]
-        targets = y.clamp(min=0)[..., None]  # (B, T, 1)
-        base_nats, grown_nats = (-log_p.gather(-1, targets)[..., 0] for log_p in (p, q))  # (B, T)
-        return base_nats, grown_nats, torch.stack(kl)
+        yield torch.stack(kl)
 
-    base.eval(), grown.eval()
-    *sums, predicted = sum_windows(measure, grown.wte.weight.device, tokens, block_size, batch_size, windows)
-    base_loss, grown_loss, kl = ((total.sum() / predicted.sum()).item() for total in sums)
-    return {"windows": len(predicted), "base": base_loss, "grown": grown_loss, "mixed": None, "kl": kl}
+    for net in nets:
+        net.eval()
+    device = grown.wte.weight.device
+    sums = sum_windows(measure, device, tokens, block_size, batch_size, windows, len(nets), share)
+    predicted = sums[-1].sum()
+    mixed, *_, base_loss, grown_loss, kl = ((total.sum() / predicted).item() for total in sums[:-1])
+    losses = {"base": base_loss, "grown": grown_loss, "mixed": mixed if len(versions) > 1 else None}
+    return {"windows": sums.size(1), **losses, "kl": kl}
 
 
 def block_use(model, tokens, block_size, rows=8):
@@ -232,7 +276,8 @@ def lambada(model):
         target = data.encode(" " + word)
         ids = np.concatenate([data.encode(context), target])[-model.config.block_size :].astype(np.int64)
         ids = torch.from_numpy(ids).to(model.wte.weight.device)
-        z, y = logits(model, ids[None, :-1])[0, -len(target) :], ids[-len(target) :]  # (n, V), (n,)
+        z = logits(model, model.run(model.embed(ids[None, :-1])))[0, -len(target) :]  # (n, V)
+        y = ids[-len(target) :]  # (n,)
         nats += cross_entropy(z, y).sum().item()
         right += torch.equal(z.argmax(-1), y)
     count = len(passages)
@@ -266,10 +311,10 @@ def ppl(loss):
     return math.exp(min(loss, 700))
 
 
-def forgetting(result):
+def forgetting(result, predictor="grown"):
     """Nats by which the loss on the retained text exceeds the untouched network's; None if not measured."""
     old = result["retain"]
-    return None if old["base"] is None else old["grown"] - old["base"]
+    return None if old[predictor] is None else old[predictor] - old["base"]
 
 
 def slope(evals, first, last):
@@ -316,7 +361,9 @@ def comparison(runs):
     rows = [
         [("text", f"{name}: {text['dataset']}", ""), ("run", Path(run["folder"]).name, ""),
          ("loss base", text["base"], ".4f"), ("loss grown", text["grown"], ".4f"),
-         ("change", text["grown"] - text["base"], "+.4f"), ("KL(base, grown)", text["kl"], ".4f"),
+         ("change", text["grown"] - text["base"], "+.4f"), ("loss mixed", text["mixed"], ".4f"),
+         ("change mixed", text["mixed"] and text["mixed"] - text["base"], "+.4f"),
+         ("KL(base, grown)", text["kl"], ".4f"),
          ("ppl base", ppl(text["base"]), ".2f"), ("ppl grown", ppl(text["grown"]), ".2f"),
          ("windows", text["windows"], ",")]
         for name, run, text in texts if text["base"] is not None
@@ -327,8 +374,10 @@ def comparison(runs):
 
 def summary(run):
     """What a run changed, and what it cost."""
-    r, start, forgot = run["result"], run["header"], forgetting(run["result"])
+    r, start = run["result"], run["header"]
+    forgot, mixed = forgetting(r), forgetting(r, "mixed")
     forgot = "was not measured" if forgot is None else f"{forgot:+.4f}"
+    forgot += "" if mixed is None else f" alone, {mixed:+.4f} mixed"
     return f"""{Path(run["folder"]).name}: {start["layers"]} -> {r["layers"]} layers, \
 {start["parameters"]:,} -> {r["parameters"]:,} parameters, {r["trainable"]:,} trainable at the end; \
 {r["tokens"]:,} tokens, {r["flops"] / 1e12:,.2f} TFLOP; {r["seconds"]:.0f} s in all, \
@@ -356,10 +405,19 @@ Losses: on {windows} windows of the validation split, else as above; delta must 
 steps. Gain: nats until the next growth, per million parameters that trained. Use: |block(x) - x| / |x|."""
 
 
+def texts_learned(run):
+    """The texts on which this run's versions ended, in order, as far back as logs can be found."""
+    c = run["header"]["config"]
+    before = Path(c["init"]).parent
+    if (before / "metrics.jsonl").exists():
+        return [*texts_learned(read_run(before)), c["dataset"]]
+    return [c["dataset"]] if c["init"] == "scratch" else [c["retain"], c["dataset"]]
+
+
 def report(run):
     """A finished run in Markdown: printed when it ends, or by eval.py, and part of its card."""
-    folder = shlex.quote(run["folder"])
-    return f"""## Summary of {run["folder"]}
+    folder, c = shlex.quote(run["folder"]), run["header"]["config"]
+    text = f"""## Summary of {run["folder"]}
 {comparison([run])}
 
 ## Growths
@@ -369,6 +427,17 @@ The model: {folder}/model
 These tables again: python eval.py {folder}
 A picture of them: python eval.py {folder} --plot=run.png
 Text from the model: python eval.py {folder} --prompt='Once upon a time'"""
+    if len(run["result"]["versions"]) == 1:
+        return text
+    learned, words = texts_learned(run), shlex.split(run["header"]["command"])[2:]
+    presets = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), words)) or "keep"
+    text += f"""
+Every version on every text: python eval.py {folder} --dataset={",".join(learned)} --split=test"""
+    if "headers" in learned:
+        return text
+    options = f"--init={folder}/model --dataset=headers --retain={c['dataset']} --out={folder}-headers"
+    return f"""{text}
+Learn one more and keep all: python train.py {presets} {options}"""
 
 
 # ----- Picture and card -----
@@ -388,16 +457,18 @@ def plot(runs, path):
     curves.set(xlabel="step", ylabel="validation loss", title="learn (solid), retain (dashed), growths")
     frontier.set(xlabel="learn: test loss", ylabel="retain: forgetting", title="lower left is better")
     for i, run in enumerate(runs):
-        name, color, forgot = Path(run["folder"]).name, f"C{i}", forgetting(run["result"])
+        name, color, r = Path(run["folder"]).name, f"C{i}", run["result"]
         steps, new, old = zip(*((e["step"], e["learn"], e["retain"]) for e in run["eval"]))
         curves.plot(steps, new, color=color, label=name)
         for e in run["event"]:
             curves.plot(e["step"], e["learn_after"], "o", color=color)
-        if forgot is not None:
+        if r["retain"]["base"] is not None:
             curves.plot(steps, old, "--", color=color)
-            point = run["result"]["learn"]["grown"], forgot
-            frontier.plot(*point, "o", color=color)
-            frontier.annotate(name, point)
+        for predictor, label in {"grown": name, "mixed": f"{name}, mixed"}.items():
+            if r["retain"][predictor] is not None:
+                point = r["learn"][predictor], forgetting(r, predictor)
+                frontier.plot(*point, "o" if predictor == "grown" else "*", color=color)
+                frontier.annotate(label, point)
     curves.legend()
     figure.savefig(path, dpi=130)
     print(f"picture: {path}", file=sys.stderr)
@@ -443,22 +514,51 @@ print({decode})
 ```
 
 ## Limits and licence
-One run, one seed: how much runs differ is not shown. The model states falsehoods fluently and repeats the
-biases of its training text. Weights derived from OpenAI's GPT-2 are under its Modified MIT License, the code
-is MIT, and training text keeps its own licence.
+transformers loads the last version alone: to predict with all of {run["result"]["versions"]} mixed needs the
+repository that wrote this. One run, one seed: how much runs differ is not shown. The model states falsehoods
+fluently and repeats the biases of its training text. Weights derived from OpenAI's GPT-2 are under its
+Modified MIT License, the code is MIT, and training text keeps its own licence.
 """
 
 
 # ----- Command line -----
 
 
-def sample(model, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0):
-    """The prompt and its continuation, as text."""
-    vocab_size, prompt = model.config.vocab_size, data.encode(prompt, model.config.vocab_size).tolist()
+def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0, share=0.0):
+    """The prompt and its continuation, as text: by one network, or by several mixed."""
+    vocab_size = nets[-1].config.vocab_size
+    prompt = data.encode(prompt, vocab_size).tolist()
     torch.manual_seed(seed)
-    ids = torch.tensor([prompt], device=model.wte.weight.device)
-    ids = model.generate(ids, max_new_tokens, temperature, top_k or None)[0].tolist()
+    ids = torch.tensor([prompt], device=nets[-1].wte.weight.device)
+    predict = mixed_prediction(nets, share) if len(nets) > 1 else None
+    ids = nets[-1].generate(ids, max_new_tokens, temperature, top_k or None, predict=predict)[0].tolist()
     return data.decode(prompt + [i for i in ids[len(prompt) :] if i != vocab_size - 1], vocab_size)
+
+
+def mixed_prediction(nets, share=0.0):
+    """For GPT.generate: a function from the ids so far (B, T) to log probabilities (B, V) of what comes next,
+    by K networks mixed. It remembers their weights, so each text needs a new one.
+
+    The weights move with each token of the prompt but the first, and with each that was chosen since. Where
+    the context is full, its oldest token goes, and the weights stay."""
+    log_w = log_p = None  # (K, B), (K, B, V)
+
+    def predict(idx):
+        nonlocal log_w, log_p
+        window = idx[:, -nets[-1].config.block_size :]
+        outputs = list(zip(nets, grow.run_together(nets, window)))  # K of (B, T, C)
+        if log_w is None:
+            log_w = torch.full((len(nets), len(idx)), -math.log(len(nets)), dtype=torch.float64)
+            losses = [cross_entropy(logits(net, x[:, :-1]), window[:, 1:]) for net, x in outputs]
+            losses = torch.stack(losses).cpu().double()  # (K, B, T - 1)
+        else:
+            losses = -log_p.gather(-1, idx[:, -1:].cpu().expand(len(nets), -1, 1))  # (K, B, 1)
+        for loss in losses.unbind(-1):
+            _, log_w = grow.mix_token(log_w, loss, share)
+        log_p = torch.stack([logits(net, x[:, -1]) for net, x in outputs]).cpu().double().log_softmax(-1)
+        return torch.logsumexp(log_w[..., None] + log_p, 0)  # (B, V)
+
+    return predict
 
 
 class Parser(argparse.ArgumentParser):
@@ -476,6 +576,8 @@ class Parser(argparse.ArgumentParser):
 NEEDS = dict.fromkeys(("--split", "--block_size", "--batch_size", "--windows", "--average"), "--dataset")
 NEEDS |= dict.fromkeys(("--max_new_tokens", "--temperature", "--top_k", "--seed"), "--prompt")
 NEEDS |= dict.fromkeys(("--device", "--dtype", "--cache_dir"), "--dataset --prompt --lambada")
+NEEDS |= {"--share": "--dataset --prompt", "--out": "--version --alpha"}
+NEEDS |= dict.fromkeys(("--version", "--alpha"), "--out --dataset --prompt --lambada")
 
 
 def arguments(argv):
@@ -488,25 +590,36 @@ def arguments(argv):
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     p.add_argument("--top_k", type=int, default=50, help="0 samples from all tokens")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dataset", help="perplexity on wikitext2, webtext, docs, code, a .txt file or a folder")
+    p.add_argument("--dataset", help="perplexity on texts: wikitext2,webtext,docs,code,headers,my.txt ...")
     p.add_argument("--split", choices=["train", "val", "test"], default="val")
     p.add_argument("--block_size", type=int, default=0, help="context in tokens (0: the run's, or model's)")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
     p.add_argument("--average", choices=["token", "window"], default="token", help="weighed alike")
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
+    p.add_argument("--version", type=int, help="this version of the model alone, as in its config.json")
+    p.add_argument("--share", type=float, default=0.0, help="of the mixture's weights, spread at each token")
+    p.add_argument("--alpha", type=float, help="0 ... 1: between the last version but one and the last")
+    p.add_argument("--out", help="write the version, or what --alpha makes of the last, into this folder")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="float32")
     p.add_argument("--cache_dir", default="")
     a = p.parse_args(argv)
     if a.dataset:
-        data.check_name(a.dataset)
+        a.texts = [a.dataset] if Path(a.dataset).exists() else a.dataset.split(",")
+        for text in a.texts:
+            data.check_name(text)
+    if a.out and (Path(a.out).exists() or len(a.names) > 1):
+        raise UsageError(f"{Path(a.out).absolute()} exists: give --out a new folder, and one model")
+    for option, value in {"share": a.share, "alpha": a.alpha or 0.0}.items():
+        if not 0 <= value <= 1:
+            raise UsageError(f"--{option} must be from 0 to 1, not {value}")
     if min(a.batch_size, a.max_new_tokens) < 1 or min(a.windows, a.top_k, a.block_size) < 0:
         raise UsageError("batch_size, max_new_tokens must be 1 or more; windows, top_k, block_size 0 or more")
     typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
     measures = typed & {"--dataset", "--prompt", "--lambada"}
     for option in sorted(typed):
-        if option in NEEDS and not measures.intersection(NEEDS[option].split()):
+        if option in NEEDS and not typed.intersection(NEEDS[option].split()):
             raise UsageError(f"{option} does nothing without {NEEDS[option].replace(' ', ' or ')}")
         if option in ("--json", "--plot") and measures:
             raise UsageError(f"{option} is for the tables of runs: not with {', '.join(measures)}")
@@ -527,7 +640,8 @@ def print_tables(a):
     if a.json:
         rows = [
             {"run": run["folder"], "command": run["header"]["command"], **run["result"],
-             "forgetting": forgetting(run["result"]), "scaling": scaling_rows(run)}
+             "forgetting": forgetting(run["result"]), "forgetting_mixed": forgetting(run["result"], "mixed"),
+             "scaling": scaling_rows(run)}
             for run in finished
         ]  # fmt: skip
         print(json.dumps(rows, indent=1, allow_nan=False))
@@ -537,40 +651,78 @@ def print_tables(a):
         print(comparison(finished))
 
 
-def load_model(name):
-    """(model, context in tokens): of a run, what it exported and trained with; else the whole context."""
-    if name in SIZES or not (Path(name) / "metrics.jsonl").exists():
-        model = GPT.from_pretrained(name)
-        return model, model.config.block_size
-    if not (Path(name) / "model").exists():
-        raise unfinished(name)
-    return GPT.from_pretrained(f"{name}/model"), read_run(name)["header"]["config"]["block_size"]
+def load_networks(a, name):
+    """Of a run or a model: the versions to be mixed, or the one that was asked for; the context in tokens."""
+    folder, context = name, 0
+    if name not in SIZES and (Path(name) / "metrics.jsonl").exists():  # a run: what it exported
+        folder, context = f"{name}/model", read_run(name)["header"]["config"]["block_size"]
+        if not Path(folder).exists():
+            raise unfinished(name)
+    model = GPT.from_pretrained(folder).eval()
+    nets = [grow.version(model, g) for g in model.config.versions]
+    if a.version is not None:
+        nets = [grow.version(model, a.version)]
+    if a.alpha is not None:
+        grow.scale_grown(nets[-1], a.alpha)
+        nets = nets[-1:]
+    if a.share and len(nets) == 1:
+        raise UsageError("--share does nothing where one version is measured alone: leave it out")
+    return nets, a.block_size or context or model.config.block_size
+
+
+def measure_texts(a, name, nets, context, device, dtype):
+    """A table of losses on the texts of --dataset: a row for each network, and one for all of them mixed."""
+    columns, windows = [], []
+    for text in a.texts:
+        tokens = data.load(text, nets[-1].config.vocab_size, 2)[a.split]
+        columns.append(evaluate_together(nets, tokens, context, a.batch_size, a.windows, a.average, a.share))
+        count = count_windows(len(tokens), context, a.windows)
+        windows.append(f"{text}, {count:,} windows of {len(tokens):,} tokens")
+    how = protocol(a.split, context, device, dtype, a.average, a.share if len(nets) > 1 else None)
+    head = f"{name} on {'; '.join(windows)}; {how}:"
+    if len(nets) == len(columns) == 1:
+        return f"{head}\nloss {columns[0][0]:.4f}, perplexity {ppl(columns[0][0]):.4f}"
+    versions = [net.config.versions[-1] for net in nets] + (["mixed"] if len(nets) > 1 else [])
+    rows = [
+        [("version", version, ""), *((text, losses[k], ".4f") for text, losses in zip(a.texts, columns)),
+         ("average", sum(losses[k] for losses in columns) / len(columns), ".4f")]
+        for k, version in enumerate(versions)
+    ]  # fmt: skip
+    table = f"{head}\n\n{markdown(rows)}"
+    if len(nets) != len(columns):
+        return table
+    earlier = list(enumerate(columns[:-1]))  # version k ended on text k
+    last, mixed = (sum(losses[row] - losses[k] for k, losses in earlier) / len(earlier) for row in (-2, -1))
+    return f"""{table}
+
+Backward transfer, if the texts are in the order learned, in nats per token: last version {last:+.4f}, mixed \
+{mixed:+.4f}. What is positive was forgotten."""
 
 
 def main(argv):
     a = arguments(argv)
     data.set_cache_dir(a.cache_dir)
-    if a.prompt is None and not a.dataset and not a.lambada:
+    if a.prompt is None and not (a.dataset or a.lambada or a.out):
         return print_tables(a)
     device, dtype, reasons = choose_machine(a.device, a.dtype)
     print(*reasons, sep="; ", file=sys.stderr)
     for name in a.names:
-        model, context = load_model(name)
-        model, context = model.to(device).eval(), a.block_size or context
+        nets, context = load_networks(a, name)
+        if a.out:
+            nets[-1].save_pretrained(a.out)
+            print(f"written: {Path(a.out).absolute()}")
+        for net in nets:
+            net.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if a.prompt is not None:
-                print(sample(model, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
+                how = a.max_new_tokens, a.temperature, a.top_k, a.seed, a.share
+                print(sample(nets, a.prompt, *how))
             if a.lambada:
-                r = lambada(model)
+                r = lambada(nets[-1])
                 print(f"{name} on LAMBADA ({r['passages']:,} passages, last word): "
                       f"accuracy {r['accuracy']:.4f}, perplexity {r['perplexity']:.2f}")  # fmt: skip
             if a.dataset:
-                tokens = data.load(a.dataset, model.config.vocab_size, 2)[a.split]
-                loss = evaluate(model, tokens, context, a.batch_size, a.windows, a.average)
-                windows = count_windows(len(tokens), context, a.windows)
-                print(f"{name} on {a.dataset}, {windows:,} windows of {len(tokens):,} tokens, "
-                      f"{protocol(a.split, context, device, dtype, a.average)}:\n"
-                      f"loss {loss:.4f}, perplexity {ppl(loss):.4f}")  # fmt: skip
+                print(measure_texts(a, name, nets, context, device, dtype))
 
 
 def run_main(main):

@@ -1,4 +1,5 @@
-"""Growing a GPT: where a block goes in, what freezes, when to grow, and how the old is kept.
+"""Growing a GPT: where a block goes in, what freezes, when to grow, how the old is kept, and how a network
+predicts together with the networks that it was.
 
 A pre-LN block computes x + attention(ln(x)), then x + MLP(ln(x)). If the last matrix and bias of both
 branches are zero, the block adds exactly zero and the network computes what it computed before, bit for
@@ -8,9 +9,11 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
 
     block = insert_block(model, at=12)      # the network is one deeper and computes the same
     freeze(model, "base")                   # only what was inserted trains
-    teacher = original(model)               # the network without its grown blocks, sharing every tensor
+    teacher = original(model)               # the network that it was, sharing every tensor
+    mix(losses)                             # the loss of predicting with both, each as far as it proved right
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -56,8 +59,8 @@ def insert_block(model, at, init="copy", generation=None):
 
 
 def grown(model):
-    """Indices of the blocks that were inserted; all others are originals. Every rule below asks here."""
-    return [i for i, g in enumerate(model.config.generation) if g > 0]
+    """Indices of the blocks that this run inserted; all others are originals. Every rule below asks here."""
+    return [i for i, g in enumerate(model.config.generation) if g > model.config.versions[-1]]
 
 
 def originals(model):
@@ -108,8 +111,7 @@ def freeze(model, policy):
     elif 0 < top <= len(old):
         trains = old[-top:] + new
     else:
-        known = f"base, older, none, or top1 to top{len(old)}"
-        raise UserError(f"unknown freeze policy {policy!r}: give {known}")
+        raise UserError(f"unknown freeze policy {policy!r}: give base, older, none, or top1 to top{len(old)}")
     model.requires_grad_(not trains)  # no block named: everything trains
     for i in trains:
         model.h[i].requires_grad_(True)
@@ -122,16 +124,102 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def original(model):
-    """The network without its grown blocks, as a GPT that shares every tensor with `model`.
+# ----- Versions: the networks that it was, inside the network that it is -----
 
-    If the originals never trained, it is the pretrained network."""
+
+def version(model, g):
+    """The network of the blocks up to generation `g`, as a GPT that shares every tensor with `model`.
+
+    `g` is one of config.versions, the networks that are still inside as they were, or the newest
+    generation, which is the model itself. Raises UserError otherwise."""
+    c = model.config
+    known = sorted({*c.versions, max(c.generation)})
+    if g not in known:
+        raise UserError(f"there is no version {g} in this model: give one of {', '.join(map(str, known))}")
+    keep = [i for i, k in enumerate(c.generation) if k <= g]
+    generation, versions = [c.generation[i] for i in keep], [v for v in c.versions if v <= g]
     with torch.device("meta"):  # an empty shell, filled with the model's own modules
-        net = GPT(replace(model.config, generation=()))
+        net = GPT(replace(c, generation=generation, versions=versions))
     net.wte, net.wpe, net.ln_f = model.wte, model.wpe, model.ln_f
-    net.h = nn.ModuleList(model.h[i] for i in originals(model))
-    net.config.generation = tuple(model.config.generation[i] for i in originals(model))
+    net.h = nn.ModuleList(model.h[i] for i in keep)
     return net.train(model.training)
+
+
+def original(model):
+    """The network as this run found it, if its originals never train. Of a finished network, the whole."""
+    return version(model, model.config.versions[-1])
+
+
+def scale_grown(model, alpha):
+    """Multiply the output projections of the last version's own blocks by `alpha`: 0 is the version before,
+    1 the last, and what lies between has learned less and forgotten less, in one ordinary GPT-2."""
+    if len(model.config.versions) < 2:
+        raise UserError("alpha leads from one version of a model to the next, and this one has a single one")
+    with torch.no_grad():
+        for block, generation in zip(model.h, model.config.generation):
+            if generation > model.config.versions[-2]:
+                for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
+                    p *= alpha
+
+
+def shared_blocks(nets):
+    """How many blocks, from the bottom up, all networks have in common: these need computing only once."""
+    shared = 0
+    if all(net.wte is nets[0].wte for net in nets):
+        for blocks in zip(*(net.h for net in nets)):
+            if any(block is not blocks[0] for block in blocks):
+                break
+            shared += 1
+    return shared
+
+
+def run_together(nets, idx, first=0):
+    """Outputs (B, T, C) of the last block of each network, for ids (B, T). What they have in common from
+    below is computed once. All but the last run without gradient, and only on the rows from `first` on."""
+    fork, last = shared_blocks(nets), nets[-1]
+    below = last.run(last.embed(idx), stop=fork)  # (B, T, C)
+    outputs = []
+    with torch.no_grad():
+        for net in nets[:-1]:
+            x = below[first:].detach() if net.wte is last.wte else net.embed(idx[first:])  # (B - first, T, C)
+            outputs.append(net.run(x, start=fork))
+    return [*outputs, last.run(below, start=fork)]
+
+
+def mix(losses, share=0.0):
+    """Loss of predicting with K versions at once: nats per token (K, B, T) -> (B, T), float64 on the CPU.
+
+    The mixture says p = sum_k w_k p_k. Its weights start equal, and after each token become w_k p_k / p:
+    Bayes' rule. Losses are 0 where nothing is predicted, which may only be at the end of a window.
+
+    With L_k the sum of version k's losses so far, p multiplies up to sum_k exp(-L_k) / K. One term of the sum
+    is less than the sum: the mixture's loss on a window is at most ln K nats above that of its best version,
+    whatever the text. (Cesa-Bianchi and Lugosi, Prediction, Learning, and Games, 2006, chapter 9.)
+
+    A share > 0 of the weights is spread equally after each token, to follow a text that changes within a
+    window (Herbster and Warmuth, 1998). To stay with one version for T tokens then costs (T - 1) times
+    -ln(1 - share (1 - 1/K)), which is added to the bound."""
+    if not 0 <= share <= 1:
+        raise UserError(f"the share must be from 0 to 1, not {share}")
+    losses = losses.cpu().double()
+    if share == 0:  # all weights at once: w_k is exp(-L_k) of the tokens before, over the sum of these
+        before = F.pad(losses.cumsum(-1)[..., :-1], (1, 0))  # (K, B, T)
+        return -torch.logsumexp(torch.log_softmax(-before, 0) - losses, 0)
+    log_w, mixed = torch.full_like(losses[..., 0], -math.log(len(losses))), []  # (K, B)
+    for loss in losses.unbind(-1):  # (K, B)
+        nats, log_w = mix_token(log_w, loss, share)
+        mixed.append(nats)
+    return torch.stack(mixed, -1)
+
+
+def mix_token(log_w, losses, share=0.0):
+    """One token of `mix`: log weights and losses, (K, B) each -> its loss (B,) and the next log weights."""
+    nats = -torch.logsumexp(log_w - losses, 0)
+    log_w = log_w - losses + nats  # Bayes
+    if share:
+        stay, spread = torch.tensor([1 - share, share / len(log_w)], dtype=torch.float64).log()
+        log_w = torch.logaddexp(log_w + stay, spread)
+    return nats, log_w
 
 
 # ----- Triggers: is a growth due? Pure functions of what the log holds, so there is no state to save. -----
@@ -216,16 +304,16 @@ class EWC:
         named = {n: p for n, p in original_parameters(model) if p.requires_grad}
         self.anchor = {n: p.detach().clone() for n, p in named.items()}
         self.fisher = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in named.items()}
-        count = 0
+        tokens = 0
         for idx in batches:
             log_p = F.log_softmax(model(idx)[0].float(), -1).flatten(0, 1)  # (B * T, V)
             labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)  # (B * T, 1)
             grads = torch.autograd.grad(log_p.gather(1, labels).sum(), list(named.values()))
             for n, g in zip(named, grads):
-                self.fisher[n] += g.float() ** 2 / idx.numel()
-            count += 1
+                self.fisher[n] += g.float() ** 2
+            tokens += idx.numel()
         for f in self.fisher.values():
-            f /= max(count, 1)
+            f /= tokens
         model.train(was_training)
 
     def penalty(self, model):
@@ -264,14 +352,6 @@ def original_parameters(model):
 # ----- The objective -----
 
 
-def shared_blocks(a, b):
-    """How many blocks, from the bottom up, two networks have in common: these need computing only once."""
-    if a.wte is not b.wte:
-        return 0
-    pairs = enumerate(zip(a.h, b.h))
-    return next((i for i, (one, other) in pairs if one is not other), min(len(a.h), len(b.h)))
-
-
 class Objective(nn.Module):
     """The losses of one micro-batch, as a module so that DistributedDataParallel can wrap it.
 
@@ -288,19 +368,10 @@ class Objective(nn.Module):
         if self.teacher is None:
             return self.losses(self.model.run(self.model.embed(x)), None, y)
         if len(x) == B:
-            return self.losses(*self.run_both(x, 0), y)
-        hidden, target = self.run_both(x, B)
+            target, hidden = run_together([self.teacher, self.model], x)
+            return self.losses(hidden, target, y)
+        target, hidden = run_together([self.teacher, self.model], x, first=B)
         return self.losses(hidden[:B], None, y)[0], self.losses(hidden[B:], target, None)[1]
-
-    def run_both(self, x, first):
-        """Last blocks' outputs: of the network on all rows of x, of the teacher from row `first` on."""
-        fork = shared_blocks(self.model, self.teacher)
-        below = self.model.run(self.model.embed(x), stop=fork)  # (B + K, T, C)
-        with torch.no_grad():
-            own = self.teacher.wte is not self.model.wte
-            start = self.teacher.embed(x[first:]) if own else below[first:].detach()
-            target = self.teacher.run(start, start=fork)  # (B or K, T, C)
-        return self.model.run(below, start=fork), target
 
     def losses(self, hidden, target, y):
         """Of rows with targets y (B, T), or a teacher's last output (B, T, C), or both."""
@@ -313,37 +384,17 @@ class Objective(nn.Module):
         return nll, distillation_loss(logits, teacher_logits, self.temperature)
 
 
-def choose_compile(wish, device):
-    """(compile or not, the reason) for --compile=auto, 0 or 1."""
-    if wish == "0" or (wish == "auto" and device.type != "cuda"):
-        return False, "asked for" if wish == "0" else "by default only on CUDA"
-    # Past its limit of graphs torch would go on eagerly with no more than a log line. Let it raise.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; blocks are small enough
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception as e:  # no C++ compiler, no Triton ...: whatever it is, eager works
-        return False, f"impossible here ({type(e).__name__}), so eagerly"
-    return True, "asked for" if wish == "1" else "worth it on CUDA"
-
-
 def compile_objective(objective):
-    """Compile each block, and the final norm with head and loss: two functions, whatever the depth.
+    """Compile what is not compiled yet: each block, and the final norm with head and loss.
 
-    Blocks that do the same work share one graph, of which their parameters are inputs; a compiled whole
-    network would be compiled anew at every growth."""
+    Blocks that do the same work share one graph, of which their parameters are inputs: two functions,
+    whatever the depth. A compiled whole network would be compiled anew at every growth."""
     for net in (objective.model, objective.teacher):
-        if net is not None:
-            compile_blocks(net)
-    objective.losses = torch.compile(objective.losses, dynamic=False)
-
-
-def compile_blocks(model):
-    """Compile the blocks that are not compiled yet."""
-    for block in model.h:
-        if block._compiled_call_impl is None:
-            block.compile(dynamic=False)
+        for block in net.h if net is not None else ():
+            if block._compiled_call_impl is None:
+                block.compile(dynamic=False)
+    if "losses" not in vars(objective):  # the method, as it was written
+        objective.losses = torch.compile(objective.losses, dynamic=False)
 
 
 def count_flops(objective, rows, distilled, T):
@@ -364,6 +415,6 @@ def count_flops(objective, rows, distilled, T):
         row += matrices * (1 + block_trains) + 2 * attention
     flops = (rows + distilled) * row
     if teacher is not None:
-        above = teacher.config.n_layer - shared_blocks(model, teacher)
+        above = teacher.config.n_layer - shared_blocks([model, teacher])
         flops += (distilled or rows) * (above * (matrices + attention) + head)
     return flops

@@ -2,8 +2,8 @@
 
 The network is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN
 blocks, tanh GELU, learned positions, output head tied to the token embedding. The names (wte, wpe, h,
-ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. Its one addition is `GPTConfig.generation`:
-for each block, the growth that inserted it (0 for the original ones).
+ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. It has two additions, `GPTConfig.generation`,
+which says of each block which growth inserted it, and `GPTConfig.versions`, which says what it was before.
 
     model = GPT.from_pretrained("gpt2")
     logits, loss = model(idx, targets)
@@ -37,8 +37,9 @@ class GPTConfig:
     block_size: int = 1024  # positions: the longest context, in tokens
     n_head: int = 12
     n_embd: int = 768
-    generation: tuple = (0,) * 12  # per block: 0 = original, k = inserted by the k-th growth
+    generation: tuple = (0,) * 12  # per block: 0 = pretrained, k = inserted by the k-th growth of its life
     dropout: float = 0.0
+    versions: tuple = None  # generations with which a network ended that is still inside; None: the newest
 
     @property
     def n_layer(self):
@@ -54,6 +55,11 @@ class GPTConfig:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if not all(type(g) is int and g >= 0 for g in self.generation):
             raise UserError("generation must hold one whole number >= 0 per block")
+        newest = max(self.generation, default=0)
+        self.versions = (newest,) if self.versions is None else tuple(self.versions)
+        known = all(type(g) is int and 0 <= g <= newest for g in self.versions)
+        if not self.versions or not known or sorted(set(self.versions)) != list(self.versions):
+            raise UserError(f"versions must be rising generations from 0 to {newest}, not {self.versions}")
 
 
 class Attention(nn.Module):
@@ -139,11 +145,12 @@ class GPT(nn.Module):
         return logits, cross_entropy(logits, targets).sum() / (targets >= 0).sum()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, predict=None):
         """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
 
         Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has ended
-        (with <|endoftext|>, the last id) repeats it. Contexts are cropped on the left to block_size."""
+        (with <|endoftext|>, the last id) repeats it. Contexts are cropped on the left to block_size.
+        `predict`, ids (B, T) -> logits (B, V) of what comes next, takes the place of the network's own."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
         if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
@@ -157,12 +164,8 @@ class GPT(nn.Module):
                 seen = idx.size(1)
                 if cache is None or seen > self.config.block_size:  # a cropped window moves every position
                     cache = [[] for _ in self.h]
-                    x = self.embed(idx[:, -self.config.block_size :])
-                else:
-                    x = self.embed(idx[:, -1:], start=seen - 1)
-                for block, kv in zip(self.h, cache):
-                    x = block(x, kv)
-                chosen = sample(self.head(x[:, -1]).float(), temperature, top_k, generator)  # (B, 1)
+                logits = predict(idx) if predict else self.predict(idx, cache)
+                chosen = sample(logits, temperature, top_k, generator).to(idx.device)  # (B, 1)
                 chosen = torch.where(done, eot, chosen)
                 idx = torch.cat([idx, chosen], 1)
                 done |= chosen == eot
@@ -170,6 +173,15 @@ class GPT(nn.Module):
                     break
         self.train(was_training)
         return idx
+
+    def predict(self, idx, cache):
+        """Logits (B, V) of what follows idx (B, T). What the cache [[keys, values] of each block] holds of
+        idx is not computed again."""
+        seen = idx.size(1) - 1 if cache[0] else 0
+        x = self.embed(idx[:, seen:][:, -self.config.block_size :], start=seen)
+        for block, kv in zip(self.h, cache):
+            x = block(x, kv)
+        return self.head(x[:, -1]).float()
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
@@ -457,8 +469,9 @@ def save_huggingface(model, folder):
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
     config = FIXED | {
         "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32", "generation": c.generation,
-        "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
-        "n_layer": c.n_layer, "n_head": c.n_head, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+        "versions": c.versions, "vocab_size": c.vocab_size, "n_positions": c.block_size,
+        "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -517,7 +530,9 @@ def read_config(name_or_folder):
         generation = h.get("generation", [0] * n_layer)
         if type(generation) is not list or len(generation) != n_layer:
             raise UserError(f"generation must hold one number for each of {n_layer} layers")
-        return GPTConfig(vocab_size, block_size, n_head, n_embd, generation)
+        config = GPTConfig(vocab_size, block_size, n_head, n_embd, generation, versions=h.get("versions"))
+        config.versions = tuple(sorted({*config.versions, max(generation)}))  # a file's network is finished
+        return config
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     except KeyError as e:

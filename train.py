@@ -1,8 +1,9 @@
 """Train a GPT that grows. Read model.py and grow.py first, then `train` below: one function, one loop.
 
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
-    python train.py demo            the same program on embedded text: no network, two minutes on a CPU
-    python train.py replay          the card's task with what the study found best where old text is at hand
+    python train.py demo            the same program on embedded text: no network, three minutes on a CPU
+    python train.py keep            the card's task, and the network that was is still inside at the end
+    python train.py replay          the card's task, with what the study found best where old text is at hand
     python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
     torchrun --standalone --nproc_per_node=2 train.py demo      several processes, the same global batch
@@ -52,7 +53,7 @@ def option(default, help, *allowed, below=math.inf):
 class Options:
     # the network and its two texts
     init: str = option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder with weights, or scratch")
-    dataset: str = option("wikitext2", "what is learned: wikitext2, webtext, docs, code, a file, a folder")
+    dataset: str = option("wikitext2", "new text: wikitext2, webtext, docs, code, headers, a file, a folder")
     retain: str = option("webtext", "old text, on which forgetting is measured: the same, or none")
     block_size: int = option(128, "context, in tokens", 2)
     n_layer: int = option(12, "with --init=scratch: blocks", 1)
@@ -127,16 +128,17 @@ PRETRAINED = "out/pretrained"  # the demo starts from the network that the prese
 PRESETS = {
     "card": {},
     "pretrain": dict(
-        init="scratch", tokenizer="bytes", n_layer=4, n_head=4, n_embd=128, dataset="docs", retain="none",
-        batch_size=16, max_steps=600, max_growths=0, lr=4e-3, lr_schedule="cosine", warmup_steps=60,
+        init="scratch", tokenizer="bytes", n_layer=2, n_head=4, n_embd=64, dataset="docs", retain="none",
+        batch_size=16, max_steps=2500, max_growths=0, lr=8e-3, lr_schedule="cosine", warmup_steps=60,
         weight_decay=0.1, eval_every=250, log_every=100, save_every=250, test_windows=64, dtype="float32",
         out=PRETRAINED,
     ),
     "demo": dict(
-        init=f"{PRETRAINED}/model", dataset="code", retain="docs", batch_size=16, max_steps=400, lr=1e-3,
-        grow_every=130, max_growths=2, eval_every=50, log_every=25, save_every=100, eval_windows=100,
-        test_windows=400, dtype="float32",
+        init=f"{PRETRAINED}/model", dataset="code", retain="docs", batch_size=16, max_steps=600, lr=3e-3,
+        first_growth=0, grow_every=150, max_growths=3, eval_every=50, log_every=25, save_every=150,
+        eval_windows=100, test_windows=400, dtype="float32",
     ),
+    "keep": dict(first_growth=0),
     "replay": dict(freeze="none", replay=0.25),
 }
 # What may differ when a run is resumed: it changes at most the rounding of what is computed.
@@ -204,7 +206,7 @@ def check(o, world=1):
     nearest = min(max(round(o.replay * rows), 1), rows - 1)
     # fmt: off
     refused = {
-        "--dataset must name a text: wikitext2, webtext, docs, code or a file": o.dataset == "none",
+        "--dataset must name a text: wikitext2, webtext, docs, code, headers or a file": o.dataset == "none",
         "--dropout would differ between processes: use one, or --dropout=0": o.dropout and world > 1,
         "distillation shares blocks with its teacher: use --dropout=0": o.dropout and o.kd_weight,
         "--ewc_lambda, --replay and --kd_on=retain need old text: name it with --retain":
@@ -311,13 +313,11 @@ def differing(then, now):
 
 
 def start_model(o):
-    """The network as it is before the run, on the CPU. Whatever its history: here it is the original."""
+    """The network as it is before the run, on the CPU."""
     if o.init == "scratch":
         torch.manual_seed(o.seed)
         return GPT(network_config(o))
-    model = GPT.from_pretrained(o.init, o.dropout)
-    model.config.generation = (0,) * model.config.n_layer
-    return model
+    return GPT.from_pretrained(o.init, o.dropout)
 
 
 def pretrain(o, world):
@@ -391,7 +391,7 @@ def train(o):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saved = find_checkpoint(o, world)
     device, dtype, machine = ev.choose_machine(o.device, o.dtype)
-    compiles, why = grow.choose_compile(o.compile, device)
+    compiles, why = ev.choose_compile(o.compile, device)
     machine.append(f"compile {int(compiles)}: {why}")
     base = start_model(o)
     init_sha256 = data.sha256(p.detach().numpy() for p in base.parameters())
@@ -517,6 +517,11 @@ def train(o):
     say("\n".join([f"options: {typed} (all of them are in {out}/metrics.jsonl)", *machine]))
     say(f"{log[0]['layers']} layers, {log[0]['parameters']:,} parameters; learn {o.dataset}, "
         f"{len(texts['learn']['train']):,} training tokens; retain {o.retain}")  # fmt: skip
+    if o.init != "scratch" and not o.originals_never_train:
+        freezes = o.max_growths > 0 and o.freeze in ("base", "older")
+        until = f"until step {o.starts_growing}" if o.trigger == "schedule" else "until the first growth"
+        say(f"the originals train {until if freezes else 'to the end'}: the pretrained network is not kept; "
+            f"--first_growth=0 {'' if freezes else 'with --freeze=base '}keeps it")  # fmt: skip
     if saved:
         say(f"resumed at step {step} with {model.config.n_layer} layers")
     del saved  # its memory
@@ -581,7 +586,7 @@ def train(o):
             if not torch.equal(expected, probe_logits()):
                 raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
             if compiles:
-                grow.compile_blocks(model)
+                grow.compile_objective(objective)
             optimizer, ddp, step_flops = rebuild(optimizer)
             after, now, depth = measure(), sizes(), model.config.n_layer
             added = now["parameters"] - size
@@ -643,19 +648,26 @@ def train(o):
         how = "run the same command again" if o.resume == "auto" else "--resume continues it"
         say(f"stopped at step {step}, saved in {out}: {how}")
         return 128 + stopped_by
-    base = grow.original(model) if o.originals_never_train else teacher or start_model(o).to(device)
+    kept = o.originals_never_train and o.init != "scratch"
+    base = grow.original(model) if kept else teacher or start_model(o).to(device)
     if data.sha256(p.detach().cpu().numpy() for p in base.parameters()) != init_sha256:
+        if kept:
+            raise RuntimeError("an original changed, and none may train from step 0 on")
         raise UserError(f"{o.init} has changed since the run started: restore it and --resume")
+    # From here on the network is finished: a version itself, beside those that are in it as they were.
+    versions = (*(model.config.versions if kept else ()), max(model.config.generation))
+    model.config.versions = versions
     args = o.block_size, eval_rows, o.test_windows
     with autocast:
         result = {key: {"dataset": names[key], **ev.compare(base, model, text and text["test"], *args)}
                   for key, text in texts.items()}  # fmt: skip
         use = ev.block_use(model, texts["learn"]["test"], o.block_size)
     record(
-        "result", layers=model.config.n_layer, **sizes(), **result, best=min(e["learn"] for e in evals),
+        "result", layers=model.config.n_layer, versions=versions, **sizes(), **result,
+        best=min(e["learn"] for e in evals),
         train_seconds=train_seconds, seconds=time.perf_counter() - began,
         block_use=use,
-        protocol=ev.protocol("test", o.block_size, device, dtype),
+        protocol=ev.protocol("test", o.block_size, device, dtype, share=0.0 if len(versions) > 1 else None),
     )  # fmt: skip
     if rank == 0:
         run = ev.read_run(out)

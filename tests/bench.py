@@ -771,7 +771,7 @@ def main():
     if unknown:
         p.error(f"no row {', '.join(sorted(unknown))}: give some of {', '.join(ROWS)}")
     DEVICE, dtype, reasons = ev.choose_machine(ARGS.device)
-    ARGS.can_compile, why = grow.choose_compile("1", DEVICE)
+    ARGS.can_compile, why = ev.choose_compile("1", DEVICE)
     reasons.append(f"compile {int(ARGS.can_compile)}: {why}")
     ARGS.rounds = ARGS.rounds or (2 if ARGS.quick else 10 if DEVICE.type == "cuda" else 5)
     ARGS.batch_size, ARGS.block_size = 8, 128

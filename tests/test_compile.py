@@ -47,7 +47,7 @@ def words(text, out, **more):
 
 def compiled_network(layers=3, device="cpu"):
     """A small network and its objective, compiled as train.py does it, and a batch."""
-    assert grow.choose_compile("1", torch.device(device))[0], "compiling must be possible here"
+    assert ev.choose_compile("1", torch.device(device))[0], "compiling must be possible here"
     torch.manual_seed(0)
     model = GPT(GPTConfig(data.BYTES, 32, 2, 32, (0,) * layers)).to(device)
     objective = grow.Objective(model)
@@ -127,7 +127,7 @@ def test_measuring_and_sampling_add_no_graph(monkeypatch):
     ev.compare(model, GPT(model.config), tokens, 32, 4)
     model.generate(x[:1, :3], 40, generator=torch.Generator().manual_seed(0))  # past block_size
     model.generate(x[:2, :5], 3, temperature=0)
-    ev.sample(model, "grow", 3)
+    ev.sample([model], "grow", 3)
     ev.block_use(model, tokens, 32)  # eight rows, whatever the batch
     assert graphs() == before
     copied = GPT(model.config)
@@ -215,7 +215,7 @@ def test_where_compiling_is_impossible_the_run_goes_on(text, tmp_path, monkeypat
 
 def test_without_a_cpp_compiler_it_says_so(tmp_path):
     """The same where the compiler is really missing."""
-    program = "import grow, torch; print(*grow.choose_compile('1', torch.device('cpu')))"
+    program = "import eval as ev, torch; print(*ev.choose_compile('1', torch.device('cpu')))"
     env = {**os.environ, "CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=ROOT, timeout=120

@@ -20,10 +20,10 @@ import eval as ev
 import train
 from model import GPT, GPTConfig
 
+NEW = dict(init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=32)
 TINY = dict(
-    init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=32, retain="docs", block_size=32,
-    batch_size=4, lr=1e-3, max_steps=16, max_growths=2, eval_every=2, eval_windows=10, test_windows=6,
-    log_every=1, save_every=8, device="cpu", dtype="float32", compile="0",
+    retain="docs", block_size=32, batch_size=4, lr=1e-3, max_steps=16, max_growths=2, eval_every=2,
+    eval_windows=10, test_windows=6, log_every=1, save_every=8, device="cpu", dtype="float32", compile="0",
 )  # fmt: skip
 SCHEDULE = dict(grow_every=5)
 # A loss that must fall by 1e9 never does, so the plateau's growths come after `patience` steps.
@@ -33,7 +33,7 @@ RUNS = {
     "keeping": dict(
         **SCHEDULE, freeze="none", replay=0.25, kd_weight=1.0, kd_on="retain", kd_rows=2, ewc_lambda=10.0
     ),
-    "shared": dict(**SCHEDULE, first_growth=0, kd_weight=1.0, eval_windows=7),
+    "shared": dict(**SCHEDULE, init="net", first_growth=0, kd_weight=1.0, eval_windows=7),  # and mixed
     "compiled": dict(**SCHEDULE, compile="1", grad_accum=2),  # what is run on GPUs
 }
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs here")
@@ -41,7 +41,9 @@ EVALUATIONS = [(7, "token"), (9, "window"), (1, "token"), (0, "token")]  # windo
 
 
 def words(folder, text, out, **more):
-    return [f"--{k}={v}" for k, v in {**TINY, "dataset": text, "out": f"{folder}/{out}", **more}.items()]
+    start = {"init": f"{folder}/net"} if more.pop("init", None) else NEW
+    options = {**start, **TINY, "dataset": text, "out": f"{folder}/{out}", **more}
+    return [f"--{k}={v}" for k, v in options.items()]
 
 
 def network_and_tokens():
@@ -106,6 +108,7 @@ def runs(tmp_path_factory):
     """A folder with every run by one process (ONE) and by two, and what the two ranks saw."""
     folder = tmp_path_factory.mktemp("ddp")
     text = write_words(folder)
+    network_and_tokens()[0].save_pretrained(folder / "net")
     for name, more in {**RUNS, "plain": SCHEDULE}.items():
         train.main(words(folder, text, f"{name}-one", **more))
     train.main(words(folder, text, "continued", **SCHEDULE | {"max_steps": 8}))
@@ -123,7 +126,8 @@ def assert_close(one, two):
             for key in x.keys() - {"ms"}:
                 close = pytest.approx(y[key], rel=1e-5, abs=1e-6) if type(y[key]) is float else y[key]
                 assert x[key] == close, (kind, x["step"], key)
-    for text, key in itertools.product(("learn", "retain"), ("base", "grown", "kl")):
+    keys = ["base", "grown", "kl"] + ["mixed"] * (len(a["result"]["versions"]) > 1)
+    for text, key in itertools.product(("learn", "retain"), keys):
         expected = pytest.approx(b["result"][text][key], rel=1e-5, abs=1e-6)
         assert a["result"][text][key] == expected, (text, key)
     assert a["result"]["best"] == pytest.approx(b["result"]["best"], rel=1e-5)

@@ -442,10 +442,10 @@ def test_shared_blocks_are_counted_from_below():
     """Only what both have in common may be computed once."""
     model = small(4)
     own, teacher = copy.deepcopy(model), grow.original(model)
-    assert grow.shared_blocks(model, teacher) == 4 and grow.shared_blocks(model, own) == 0
+    assert grow.shared_blocks([model, teacher]) == 4 and grow.shared_blocks([model, own]) == 0
     for at in (4, 2, 0):  # above all, between two, below all
         grow.insert_block(model, at)
-        assert grow.shared_blocks(model, grow.original(model)) == at
+        assert grow.shared_blocks([model, grow.original(model)]) == at
 
 
 COSTS = {  # how many original blocks, where the grown ones go in, what is frozen, teacher, distilled rows

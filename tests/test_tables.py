@@ -94,9 +94,9 @@ GROWN = [
     dict(kind="eval", step=800, learn=2.2, retain=1.6),
     dict(kind="eval", step=900, learn=2.2, retain=1.6),
     dict(kind="result", layers=6, parameters=16_000_000, trainable=4_000_000, flops=1234.5e12, tokens=921_600,
-         best=2.2, train_seconds=5400.0, seconds=5430.0, protocol="Test split.",
-         learn=dict(dataset="new", windows=40, base=4.0, grown=2.0, mixed=None, kl=0.25),
-         retain=dict(dataset="old", windows=20, base=1.0, grown=1.5, mixed=None, kl=0.125)),
+         best=2.2, train_seconds=5400.0, seconds=5430.0, protocol="Test split.", versions=[0, 2],
+         learn=dict(dataset="new", windows=40, base=4.0, grown=2.0, mixed=2.125, kl=0.25),
+         retain=dict(dataset="old", windows=20, base=1.0, grown=1.5, mixed=1.0625, kl=0.125)),
 ]  # fmt: skip
 # How much each of its six blocks changes what passes. The first growth ended up at index 4, the second at 2.
 USE = [0.5, 0.5, 0.25, 0.5, 0.125, 0.5]
@@ -108,7 +108,7 @@ PLAIN = [
     dict(kind="eval", step=0, learn=3.0, retain=None),
     dict(kind="eval", step=900, learn=2.5, retain=None),
     dict(kind="result", layers=3, parameters=9_000_000, trainable=8_000_000, flops=0.5e12, tokens=921_600,
-         best=2.5, train_seconds=30.0, seconds=42.0, protocol="Test split.",
+         best=2.5, train_seconds=30.0, seconds=42.0, protocol="Test split.", versions=[0],
          learn=dict(dataset="new", windows=40, base=3.0, grown=2.5, mixed=None, kl=0.75),
          retain=dict(dataset="none", windows=None, base=None, grown=None, mixed=None, kl=None)),
 ]  # fmt: skip
@@ -150,22 +150,26 @@ def flat(text):
 
 
 OF_NEW = {  # of each run, its row on the new text: e^4 = 54.598, e^3 = 20.086, e^2.5 = 12.182, e^2 = 7.389
-    "grown": {"loss base": "4.0000", "loss grown": "2.0000", "change": "-2.0000", "KL(base, grown)": "0.2500",
-              "ppl base": "54.60", "ppl grown": "7.39", "windows": "40"},
-    "plain": {"loss base": "3.0000", "loss grown": "2.5000", "change": "-0.5000", "KL(base, grown)": "0.7500",
-              "ppl base": "20.09", "ppl grown": "12.18", "windows": "40"},
+    "grown": {"loss base": "4.0000", "loss grown": "2.0000", "change": "-2.0000", "loss mixed": "2.1250",
+              "change mixed": "-1.8750", "KL(base, grown)": "0.2500", "ppl base": "54.60",
+              "ppl grown": "7.39", "windows": "40"},
+    "plain": {"loss base": "3.0000", "loss grown": "2.5000", "change": "-0.5000", "loss mixed": "-",
+              "change mixed": "-", "KL(base, grown)": "0.7500", "ppl base": "20.09", "ppl grown": "12.18",
+              "windows": "40"},
     "kept": {"loss base": "1.5000", "loss grown": "3.0000", "change": "+1.5000", "KL(base, grown)": "0.0625",
              "ppl base": "4.48", "ppl grown": "20.09", "windows": "40"},  # e^1.5 = 4.482
 }  # fmt: skip
 OF_OLD = {  # and on the old one, where it was measured: e^1 = 2.718, e^1.5 = 4.482, e^1.75 = 5.755
-    "grown": {"loss base": "1.0000", "loss grown": "1.5000", "change": "+0.5000", "KL(base, grown)": "0.1250",
+    "grown": {"loss base": "1.0000", "loss grown": "1.5000", "change": "+0.5000", "loss mixed": "1.0625",
+              "change mixed": "+0.0625", "KL(base, grown)": "0.1250",
               "ppl base": "2.72", "ppl grown": "4.48", "windows": "20"},
     "kept": {"loss base": "2.0000", "loss grown": "1.7500", "change": "-0.2500", "KL(base, grown)": "0.0312",
              "ppl base": "7.39", "ppl grown": "5.75", "windows": "20"},
 }  # fmt: skip
 LINES = {  # below the table
     "grown": "grown: 4 -> 6 layers, 10,000,000 -> 16,000,000 parameters, 4,000,000 trainable at the end; "
-             "921,600 tokens, 1,234.50 TFLOP; 5430 s in all, 5400 s of them training; forgetting +0.5000",
+             "921,600 tokens, 1,234.50 TFLOP; 5430 s in all, 5400 s of them training; forgetting +0.5000 "
+             "alone, +0.0625 mixed",
     "plain": "plain: 3 -> 3 layers, 9,000,000 -> 9,000,000 parameters, 8,000,000 trainable at the end; "
              "921,600 tokens, 0.50 TFLOP; 42 s in all, 30 s of them training; forgetting was not measured",
     "kept": "kept: 3 -> 3 layers, 9,000,000 -> 9,000,000 parameters, 8,000,000 trainable at the end; "
@@ -240,6 +244,7 @@ def test_json(logs):
         logged = {key: value for key, value in rows[-1].items() if key not in ("kind", "block_use")}
         assert {key: run[key] for key in logged} == logged
     assert [run["forgetting"] for run in (grown, plain, kept)] == [0.5, None, -0.25]
+    assert [run["forgetting_mixed"] for run in (grown, plain, kept)] == [0.0625, None, None]
     assert plain["scaling"] == kept["scaling"] == []
     expected = [  # worked out in test_scaling_of_one_run
         dict(step=300, tokens=307_200, layers=5, parameters=12_000_000, flops=1.5e12, loss_before=3.4,
