@@ -397,7 +397,7 @@ def groups(row):
         return [(1, {f"{who}, {what} format": P(load, who, what) for who, what in cases})]
     if row == "6":
         return [(1, {"python train.py": whole_card})]
-    n, places = 4 if quick else 32, ("top", "upper", "spread")
+    n, places = 4 if quick else 8, ("top", "upper", "spread")  # windows or new tokens
     mixed = {f"mixed evaluation, {where}": P(mixture, "mixed evaluation", where, n) for where in places}
     samplings = {what: P(mixture, what, n=n) for what in ("sampling, cached", "mixed sampling")}
     heads = {what: P(mixture, what) for what in ("head as the blocks", "head in float32")}
