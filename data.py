@@ -180,7 +180,7 @@ def sha256(arrays):
 
 # ----- What a run writes and reads again -----
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 
 def save_checkpoint(path, value):
@@ -417,6 +417,8 @@ BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": co
 
 def check_name(name):
     """Refuse a data set that is neither built in nor a text here, before anything is downloaded."""
+    if not name:
+        raise UsageError(f"a data set without a name: give one of {', '.join(BUILT_IN)}, a file or a folder")
     if name not in BUILT_IN:
         own_text(name)
     elif Path(name).exists():

@@ -16,7 +16,6 @@ compute in the precision that stands beside the figures, final norm, head and lo
 import argparse
 import ctypes
 import functools
-import itertools
 import json
 import math
 import os
@@ -155,12 +154,12 @@ def logits(model, hidden):
 
 
 @torch.no_grad()
-def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0, versions=0, share=0.0):
+def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0, mixed_first=0, share=0.0):
     """Add up, in each window, what measure(x, y) says of its predicted tokens: K tensors (B, T).
 
     Returns (K + 1, windows) in float64: the sums, and how many tokens were predicted. windows = 0 takes the
-    whole split. If the first few of the K are losses of so many `versions`, the sums of their mixture go
-    before the rest. Ranks share the batches, and all get the whole result."""
+    whole split. If the `mixed_first` first of the K are losses to be mixed, the sums of their mixture come
+    before the others: (K + 2, windows). Ranks share the batches, and all get the whole result."""
     windows = count_windows(len(tokens), block_size, windows)
     batches = window_batches(tokens, block_size, batch_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -171,11 +170,10 @@ def sum_windows(measure, device, tokens, block_size, batch_size=8, windows=0, ve
                 x, y = data.to_device(x, device), data.to_device(y, device)
                 values = torch.stack([*measure(x, y), (y >= 0).float()])  # (K + 1, B, T)
                 measured[first] = torch.where(y >= 0, values, 0.0)
-    # Fetched after everything is launched.
-    for first, values in measured.items():
+    for first, values in measured.items():  # fetched after everything is launched
         values = values.cpu().double()  # (K + 1, B, T)
-        if versions:
-            values = torch.cat([grow.mix(values[:versions], share)[None], values])
+        if mixed_first:
+            values = torch.cat([grow.mix(values[:mixed_first], share)[None], values])
         measured[first] = values.sum(-1)
     if world > 1:  # each window has one owner, so these are the sums of a single process, to the last bit
         everyone = [None] * world
@@ -219,9 +217,13 @@ def evaluate_together(nets, tokens, block_size=None, batch_size=8, windows=0, av
 
 
 def compare(base, grown, tokens, block_size, batch_size=8, windows=0, share=0.0):
-    """{"windows", "base", "grown", "mixed", "kl"}: how many windows there were; both networks' losses; that
-    of all versions of `grown` mixed, if it has several, the last but one being `base`; KL(base || grown), how
-    far the distribution moved, right or wrong. In nats per predicted token; None without tokens."""
+    """In nats per predicted token, and all None where there are no tokens:
+
+    windows         how many there were
+    base, grown     the losses of both networks
+    mixed           that of all versions of `grown` mixed, the last but one being `base`; None if it has one
+    kl              KL(base || grown): how far the distribution moved, right or wrong
+    """
     if tokens is None:
         return dict.fromkeys(("windows", "base", "grown", "mixed", "kl"))
     versions = grown.config.versions
@@ -300,6 +302,8 @@ def read_run(folder):
         run[kind] = row if kind in ("header", "result") else [*run[kind], row]
     if run["header"] is None:
         raise UserError(f"{path}: no header row")
+    if run["result"] and "versions" not in run["result"]:
+        raise UserError(f"{path} is of an earlier program: run its command again, with a new --out")
     return {"folder": str(folder), **run}
 
 
@@ -362,7 +366,7 @@ def comparison(runs):
         [("text", f"{name}: {text['dataset']}", ""), ("run", Path(run["folder"]).name, ""),
          ("loss base", text["base"], ".4f"), ("loss grown", text["grown"], ".4f"),
          ("change", text["grown"] - text["base"], "+.4f"), ("loss mixed", text["mixed"], ".4f"),
-         ("change mixed", text["mixed"] and text["mixed"] - text["base"], "+.4f"),
+         ("change mixed", None if text["mixed"] is None else text["mixed"] - text["base"], "+.4f"),
          ("KL(base, grown)", text["kl"], ".4f"),
          ("ppl base", ppl(text["base"]), ".2f"), ("ppl grown", ppl(text["grown"]), ".2f"),
          ("windows", text["windows"], ",")]
@@ -405,13 +409,13 @@ Losses: on {windows} windows of the validation split, else as above; delta must 
 steps. Gain: nats until the next growth, per million parameters that trained. Use: |block(x) - x| / |x|."""
 
 
-def texts_learned(run):
-    """The texts on which this run's versions ended, in order, as far back as logs can be found."""
-    c = run["header"]["config"]
-    before = Path(c["init"]).parent
-    if (before / "metrics.jsonl").exists():
-        return [*texts_learned(read_run(before)), c["dataset"]]
-    return [c["dataset"]] if c["init"] == "scratch" else [c["retain"], c["dataset"]]
+def texts_learned(init, retain):
+    """The texts on which the versions in a run's `init` ended, in order: as that run's log says, if there is
+    one, else the old text that was named."""
+    try:
+        return read_run(Path(init).parent)["result"]["learned"]
+    except (UserError, TypeError, KeyError):  # no run, or none that is finished
+        return [] if retain == "none" else [retain]
 
 
 def report(run):
@@ -427,17 +431,17 @@ The model: {folder}/model
 These tables again: python eval.py {folder}
 A picture of them: python eval.py {folder} --plot=run.png
 Text from the model: python eval.py {folder} --prompt='Once upon a time'"""
-    if len(run["result"]["versions"]) == 1:
-        return text
-    learned, words = texts_learned(run), shlex.split(run["header"]["command"])[2:]
-    presets = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), words)) or "keep"
-    text += f"""
-Every version on every text: python eval.py {folder} --dataset={",".join(learned)} --split=test"""
-    if "headers" in learned:
-        return text
-    options = f"--init={folder}/model --dataset=headers --retain={c['dataset']} --out={folder}-headers"
-    return f"""{text}
-Learn one more and keep all: python train.py {presets} {options}"""
+    versions, learned = run["result"]["versions"], run["result"]["learned"]
+    if 1 < len(versions) == len(learned) and not any("," in name for name in learned):
+        texts = shlex.quote(f"--dataset={','.join(learned)}")
+        text += f"\nEvery version on every text: python eval.py {folder} {texts} --split=test"
+    if len(versions) > 1 and "headers" not in learned:
+        options = run["header"]["typed"] | {"init": f"{run['folder']}/model", "dataset": "headers"}
+        options |= {"retain": c["dataset"], "out": f"{run['folder']}-headers"}
+        options.pop("resume", None)
+        words = [*run["header"]["presets"], *(f"--{name}={value}" for name, value in options.items())]
+        text += f"\nLearn one more and keep all: {shlex.join(['python', 'train.py', *words])}"
+    return text
 
 
 # ----- Picture and card -----
@@ -482,6 +486,10 @@ def model_card(run):
     if start["vocab_size"] == data.BYTES:
         tokenizer, encode = "# a token is a byte", 'list(b"def main():")'
         decode = 'bytes(i for i in ids if i < 256).decode(errors="replace")'
+    versions, mixing = run["result"]["versions"], ""
+    if len(versions) > 1:
+        mixing = f"""transformers loads the last version alone: mixing {versions} needs the program that wrote
+this. """
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -514,10 +522,9 @@ print({decode})
 ```
 
 ## Limits and licence
-transformers loads the last version alone: to predict with all of {run["result"]["versions"]} mixed needs the
-repository that wrote this. One run, one seed: how much runs differ is not shown. The model states falsehoods
-fluently and repeats the biases of its training text. Weights derived from OpenAI's GPT-2 are under its
-Modified MIT License, the code is MIT, and training text keeps its own licence.
+{mixing}One run, one seed: how much runs differ is not shown. The model states falsehoods fluently and repeats
+the biases of its training text. Weights derived from OpenAI's GPT-2 are under its Modified MIT License, the
+code is MIT, and training text keeps its own licence.
 """
 
 
@@ -530,8 +537,8 @@ def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0, 
     prompt = data.encode(prompt, vocab_size).tolist()
     torch.manual_seed(seed)
     ids = torch.tensor([prompt], device=nets[-1].wte.weight.device)
-    predict = mixed_prediction(nets, share) if len(nets) > 1 else None
-    ids = nets[-1].generate(ids, max_new_tokens, temperature, top_k or None, predict=predict)[0].tolist()
+    mixed = mixed_prediction(nets, share) if len(nets) > 1 else None
+    ids = nets[-1].generate(ids, max_new_tokens, temperature, top_k or None, next_logits=mixed)[0].tolist()
     return data.decode(prompt + [i for i in ids[len(prompt) :] if i != vocab_size - 1], vocab_size)
 
 
@@ -543,22 +550,23 @@ def mixed_prediction(nets, share=0.0):
     the context is full, its oldest token goes, and the weights stay."""
     log_w = log_p = None  # (K, B), (K, B, V)
 
-    def predict(idx):
+    def next_logits(idx):
         nonlocal log_w, log_p
         window = idx[:, -nets[-1].config.block_size :]
         outputs = list(zip(nets, grow.run_together(nets, window)))  # K of (B, T, C)
-        if log_w is None:
-            log_w = torch.full((len(nets), len(idx)), -math.log(len(nets)), dtype=torch.float64)
+        if log_p is None:
             losses = [cross_entropy(logits(net, x[:, :-1]), window[:, 1:]) for net, x in outputs]
             losses = torch.stack(losses).cpu().double()  # (K, B, T - 1)
         else:
             losses = -log_p.gather(-1, idx[:, -1:].cpu().expand(len(nets), -1, 1))  # (K, B, 1)
-        for loss in losses.unbind(-1):
+        for loss in losses.unbind(-1):  # (K, B)
             _, log_w = grow.mix_token(log_w, loss, share)
         log_p = torch.stack([logits(net, x[:, -1]) for net, x in outputs]).cpu().double().log_softmax(-1)
+        if log_w is None:  # one token in the prompt: nobody has predicted anything yet
+            return torch.logsumexp(log_p, 0)
         return torch.logsumexp(log_w[..., None] + log_p, 0)  # (B, V)
 
-    return predict
+    return next_logits
 
 
 class Parser(argparse.ArgumentParser):
@@ -609,15 +617,18 @@ def arguments(argv):
         a.texts = [a.dataset] if Path(a.dataset).exists() else a.dataset.split(",")
         for text in a.texts:
             data.check_name(text)
-    if a.out and (Path(a.out).exists() or len(a.names) > 1):
-        raise UsageError(f"{Path(a.out).absolute()} exists: give --out a new folder, and one model")
+    if a.out and len(a.names) > 1:
+        raise UsageError(f"--out={a.out} is for one model, and {len(a.names)} are named")
+    for path in (a.out, f"{a.out}.tmp") if a.out else ():  # where save_pretrained writes
+        if Path(path).exists():
+            raise UsageError(f"{Path(path).absolute()} exists: give another --out")
     for option, value in {"share": a.share, "alpha": a.alpha or 0.0}.items():
         if not 0 <= value <= 1:
             raise UsageError(f"--{option} must be from 0 to 1, not {value}")
     if min(a.batch_size, a.max_new_tokens) < 1 or min(a.windows, a.top_k, a.block_size) < 0:
         raise UsageError("batch_size, max_new_tokens must be 1 or more; windows, top_k, block_size 0 or more")
     typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    measures = typed & {"--dataset", "--prompt", "--lambada"}
+    measures = typed & {"--dataset", "--prompt", "--lambada", "--out"}
     for option in sorted(typed):
         if option in NEEDS and not typed.intersection(NEEDS[option].split()):
             raise UsageError(f"{option} does nothing without {NEEDS[option].replace(' ', ' or ')}")
@@ -683,11 +694,13 @@ def measure_texts(a, name, nets, context, device, dtype):
     if len(nets) == len(columns) == 1:
         return f"{head}\nloss {columns[0][0]:.4f}, perplexity {ppl(columns[0][0]):.4f}"
     versions = [net.config.versions[-1] for net in nets] + (["mixed"] if len(nets) > 1 else [])
+    versions = versions if a.alpha is None else [f"{versions[0]}, alpha {a.alpha:g}"]
     rows = [
         [("version", version, ""), *((text, losses[k], ".4f") for text, losses in zip(a.texts, columns)),
          ("average", sum(losses[k] for losses in columns) / len(columns), ".4f")]
         for k, version in enumerate(versions)
     ]  # fmt: skip
+    rows = rows if len(columns) > 1 else [row[:-1] for row in rows]
     table = f"{head}\n\n{markdown(rows)}"
     if len(nets) != len(columns):
         return table

@@ -1,5 +1,4 @@
-"""Growing a GPT: where a block goes in, what freezes, when to grow, how the old is kept, and how a network
-predicts together with the networks that it was.
+"""Growing a GPT: where a block goes in, what freezes, when to grow, how the old is kept.
 
 A pre-LN block computes x + attention(ln(x)), then x + MLP(ln(x)). If the last matrix and bias of both
 branches are zero, the block adds exactly zero and the network computes what it computed before, bit for
@@ -10,7 +9,7 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
     block = insert_block(model, at=12)      # the network is one deeper and computes the same
     freeze(model, "base")                   # only what was inserted trains
     teacher = original(model)               # the network that it was, sharing every tensor
-    mix(losses)                             # the loss of predicting with both, each as far as it proved right
+    mix(losses)                             # predicting with both, each weighed by how well it did so far
 """
 
 import math
@@ -146,20 +145,20 @@ def version(model, g):
 
 
 def original(model):
-    """The network as this run found it, if its originals never train. Of a finished network, the whole."""
+    """The network as this run found it, if its originals never train; of a finished network, all of it."""
     return version(model, model.config.versions[-1])
 
 
+@torch.no_grad()
 def scale_grown(model, alpha):
     """Multiply the output projections of the last version's own blocks by `alpha`: 0 is the version before,
-    1 the last, and what lies between has learned less and forgotten less, in one ordinary GPT-2."""
+    1 the last. What lies between is one ordinary GPT-2 that has learned less, and may have forgotten less."""
     if len(model.config.versions) < 2:
         raise UserError("alpha leads from one version of a model to the next, and this one has a single one")
-    with torch.no_grad():
-        for block, generation in zip(model.h, model.config.generation):
-            if generation > model.config.versions[-2]:
-                for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
-                    p *= alpha
+    for block, generation in zip(model.h, model.config.generation):
+        if generation > model.config.versions[-2]:
+            for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
+                p *= alpha
 
 
 def shared_blocks(nets):
@@ -192,9 +191,9 @@ def mix(losses, share=0.0):
     The mixture says p = sum_k w_k p_k. Its weights start equal, and after each token become w_k p_k / p:
     Bayes' rule. Losses are 0 where nothing is predicted, which may only be at the end of a window.
 
-    With L_k the sum of version k's losses so far, p multiplies up to sum_k exp(-L_k) / K. One term of the sum
-    is less than the sum: the mixture's loss on a window is at most ln K nats above that of its best version,
-    whatever the text. (Cesa-Bianchi and Lugosi, Prediction, Learning, and Games, 2006, chapter 9.)
+    With L_k the sum of version k's losses, p multiplies up to P = sum_k exp(-L_k) / K over a window. That is
+    at least exp(-L_k) / K for every k, so the mixture's loss -ln P is at most L_k + ln K, whatever the text.
+    (Cesa-Bianchi and Lugosi, Prediction, Learning, and Games, 2006, chapter 9.)
 
     A share > 0 of the weights is spread equally after each token, to follow a text that changes within a
     window (Herbster and Warmuth, 1998). To stay with one version for T tokens then costs (T - 1) times
@@ -205,7 +204,7 @@ def mix(losses, share=0.0):
     if share == 0:  # all weights at once: w_k is exp(-L_k) of the tokens before, over the sum of these
         before = F.pad(losses.cumsum(-1)[..., :-1], (1, 0))  # (K, B, T)
         return -torch.logsumexp(torch.log_softmax(-before, 0) - losses, 0)
-    log_w, mixed = torch.full_like(losses[..., 0], -math.log(len(losses))), []  # (K, B)
+    log_w, mixed = None, []
     for loss in losses.unbind(-1):  # (K, B)
         nats, log_w = mix_token(log_w, loss, share)
         mixed.append(nats)
@@ -213,7 +212,9 @@ def mix(losses, share=0.0):
 
 
 def mix_token(log_w, losses, share=0.0):
-    """One token of `mix`: log weights and losses, (K, B) each -> its loss (B,) and the next log weights."""
+    """One token of `mix`: log weights (K, B) or None, losses (K, B) -> loss (B,), the next log weights."""
+    if log_w is None:
+        log_w = torch.full_like(losses, -math.log(len(losses)))
     nats = -torch.logsumexp(log_w - losses, 0)
     log_w = log_w - losses + nats  # Bayes
     if share:

@@ -2,8 +2,8 @@
 
 The network is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN
 blocks, tanh GELU, learned positions, output head tied to the token embedding. The names (wte, wpe, h,
-ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. It has two additions, `GPTConfig.generation`,
-which says of each block which growth inserted it, and `GPTConfig.versions`, which says what it was before.
+ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. It has two additions: `GPTConfig.generation`
+says of each block which growth inserted it, `GPTConfig.versions` which finished networks are still inside.
 
     model = GPT.from_pretrained("gpt2")
     logits, loss = model(idx, targets)
@@ -39,7 +39,7 @@ class GPTConfig:
     n_embd: int = 768
     generation: tuple = (0,) * 12  # per block: 0 = pretrained, k = inserted by the k-th growth of its life
     dropout: float = 0.0
-    versions: tuple = None  # generations with which a network ended that is still inside; None: the newest
+    versions: tuple = None  # newest generation of each finished network inside; None: of this one alone
 
     @property
     def n_layer(self):
@@ -57,9 +57,9 @@ class GPTConfig:
             raise UserError("generation must hold one whole number >= 0 per block")
         newest = max(self.generation, default=0)
         self.versions = (newest,) if self.versions is None else tuple(self.versions)
-        known = all(type(g) is int and 0 <= g <= newest for g in self.versions)
+        known = all(type(g) is int and g in (self.generation or (0,)) for g in self.versions)
         if not self.versions or not known or sorted(set(self.versions)) != list(self.versions):
-            raise UserError(f"versions must be rising generations from 0 to {newest}, not {self.versions}")
+            raise UserError(f"versions must be rising generations that its blocks have, not {self.versions}")
 
 
 class Attention(nn.Module):
@@ -145,12 +145,12 @@ class GPT(nn.Module):
         return logits, cross_entropy(logits, targets).sum() / (targets >= 0).sum()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, predict=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, next_logits=None):
         """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
 
         Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has ended
         (with <|endoftext|>, the last id) repeats it. Contexts are cropped on the left to block_size.
-        `predict`, ids (B, T) -> logits (B, V) of what comes next, takes the place of the network's own."""
+        `next_logits`, a function from ids (B, T) to logits (B, V), takes the place of the network's own."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
         if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
@@ -164,7 +164,7 @@ class GPT(nn.Module):
                 seen = idx.size(1)
                 if cache is None or seen > self.config.block_size:  # a cropped window moves every position
                     cache = [[] for _ in self.h]
-                logits = predict(idx) if predict else self.predict(idx, cache)
+                logits = next_logits(idx) if next_logits else self.predict(idx, cache)
                 chosen = sample(logits, temperature, top_k, generator).to(idx.device)  # (B, 1)
                 chosen = torch.where(done, eot, chosen)
                 idx = torch.cat([idx, chosen], 1)
@@ -177,7 +177,7 @@ class GPT(nn.Module):
     def predict(self, idx, cache):
         """Logits (B, V) of what follows idx (B, T). What the cache [[keys, values] of each block] holds of
         idx is not computed again."""
-        seen = idx.size(1) - 1 if cache[0] else 0
+        seen = idx.size(1) - 1 if any(cache) else 0
         x = self.embed(idx[:, seen:][:, -self.config.block_size :], start=seen)
         for block, kv in zip(self.h, cache):
             x = block(x, kv)

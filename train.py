@@ -2,7 +2,7 @@
 
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
     python train.py demo            the same program on embedded text: no network, three minutes on a CPU
-    python train.py keep            the card's task, and the network that was is still inside at the end
+    python train.py keep            the card's task, and what it was is still inside at the end
     python train.py replay          the card's task, with what the study found best where old text is at hand
     python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
@@ -74,7 +74,7 @@ class Options:
     # growth
     trigger: str = option("schedule", "what decides to grow", "schedule", "plateau")
     grow_every: int = option(500, "schedule: steps between growths", 1)
-    first_growth: int = option(-1, "none before this step (-1: no limit; 0: the originals never train)", -1)
+    first_growth: int = option(-1, "none before this step (-1: no limit; 0: originals stay as they are)", -1)
     max_growths: int = option(3, "growths at most (0: an ordinary training run)", 0)
     where: str = option("upper", "spread, upper (spread over the upper half), top, bottom, or an index")
     block_init: str = option("copy", "of the block below; both have zero output projections", "copy", "fresh")
@@ -104,7 +104,7 @@ class Options:
     compile: str = option("auto", "auto: on CUDA", "auto", "0", "1")
     cache_dir: str = option("", "downloads and tokens (empty: ~/.cache/growing-gpt)")
 
-    typed = {}  # what the command line gave, beyond presets
+    presets, typed = (), {}  # what the command line gave: words, and options beyond them
 
     @property
     def starts_growing(self):
@@ -176,7 +176,7 @@ def parse(argv):
         digest = hashlib.sha256(differs.encode()).hexdigest()[:8]
         values["out"] = "out/" + (name if len(name) <= 120 else f"{name[:100]}-{digest}")
     o = Options(**values)
-    o.typed = typed
+    o.presets, o.typed = words, typed
     return o
 
 
@@ -447,9 +447,10 @@ def train(o):
     optimizer, ddp, step_flops = rebuild()
     step, flops, train_seconds, log = 0, 0, 0.0, []
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
+    started = {"command": command, "presets": o.presets, "typed": o.typed}
     if saved:
         step, flops, train_seconds, log = (saved[k] for k in ("step", "flops", "train_seconds", "log"))
-        log[0] |= {"command": command, "config": asdict(o)}  # of the last start
+        log[0] |= {**started, "config": asdict(o)}  # of the last start
         began -= saved["seconds"]
         grow.load_optimizer_state(model, optimizer, saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
@@ -506,7 +507,7 @@ def train(o):
     if not saved:
         versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         record(
-            "header", command=command, config=asdict(o),
+            "header", **started, config=asdict(o),
             versions=versions | {"numpy": np.__version__}, machine=machine, processes=world,
             init_sha256=init_sha256, layers=model.config.n_layer, parameters=sizes()["parameters"],
             vocab_size=model.config.vocab_size,
@@ -518,10 +519,11 @@ def train(o):
     say(f"{log[0]['layers']} layers, {log[0]['parameters']:,} parameters; learn {o.dataset}, "
         f"{len(texts['learn']['train']):,} training tokens; retain {o.retain}")  # fmt: skip
     if o.init != "scratch" and not o.originals_never_train:
-        freezes = o.max_growths > 0 and o.freeze in ("base", "older")
-        until = f"until step {o.starts_growing}" if o.trigger == "schedule" else "until the first growth"
-        say(f"the originals train {until if freezes else 'to the end'}: the pretrained network is not kept; "
-            f"--first_growth=0 {'' if freezes else 'with --freeze=base '}keeps it")  # fmt: skip
+        until, how = "to the end", "to grow with --first_growth=0 and --freeze=base"
+        if o.max_growths and o.freeze in ("base", "older"):
+            until = f"until step {o.starts_growing}" if o.trigger == "schedule" else "until the first growth"
+            how = "--first_growth=0"
+        say(f"originals train {until}: the pretrained network is not kept; {how} keeps it")
     if saved:
         say(f"resumed at step {step} with {model.config.n_layer} layers")
     del saved  # its memory
@@ -656,6 +658,7 @@ def train(o):
         raise UserError(f"{o.init} has changed since the run started: restore it and --resume")
     # From here on the network is finished: a version itself, beside those that are in it as they were.
     versions = (*(model.config.versions if kept else ()), max(model.config.generation))
+    learned = [*(ev.texts_learned(o.init, o.retain) if kept else ()), o.dataset]
     model.config.versions = versions
     args = o.block_size, eval_rows, o.test_windows
     with autocast:
@@ -663,7 +666,7 @@ def train(o):
                   for key, text in texts.items()}  # fmt: skip
         use = ev.block_use(model, texts["learn"]["test"], o.block_size)
     record(
-        "result", layers=model.config.n_layer, versions=versions, **sizes(), **result,
+        "result", layers=model.config.n_layer, versions=versions, learned=learned, **sizes(), **result,
         best=min(e["learn"] for e in evals),
         train_seconds=train_seconds, seconds=time.perf_counter() - began,
         block_use=use,

@@ -264,11 +264,15 @@ class LogitMemory(TorchDispatchMode):
 
 @promised("The comparison of base and grown holds at most 4 float32 logit matrices at a time instead of 7, "
           "one rule for all devices.")  # fmt: skip
+@pytest.mark.parametrize("versions", [1, 2, 4])
 @pytest.mark.parametrize("device", DEVICES)
-def test_comparison_holds_at_most_four_logit_matrices(device):
+def test_comparison_holds_at_most_four_logit_matrices(device, versions):
     B, T, V = 4, 16, 263  # nothing else has 263 columns
     torch.manual_seed(0)
     base, grown = (GPT(GPTConfig(V, T, 2, 8, (0,))).to(device) for _ in range(2))
+    if versions > 1:
+        grown = GPT(GPTConfig(V, T, 2, 8, tuple(range(versions)), versions=tuple(range(versions)))).to(device)
+        base = grow.version(grown, versions - 2)
     tokens = torch.randint(V, (3 * B * T,)).numpy().astype("uint16")
     with LogitMemory(V, [*base.parameters(), *grown.parameters()]) as memory:
         ev.compare(base, grown, tokens, T, B)

@@ -72,7 +72,8 @@ CONFIG = dict(init="gpt2", dataset="new", retain="old", block_size=128, max_step
 # parameters added are the parameters that train. (Both deltas are impossible in a run, which would stop: here
 # they show that the table subtracts.)
 GROWN = [
-    dict(kind="header", command="python train.py --dataset=new", config=CONFIG, versions={"torch": "2"},
+    dict(kind="header", command="python train.py --dataset=new", presets=["keep"], typed={"seed": 3},
+         config=CONFIG, versions={"torch": "2"},
          machine=[], processes=1, init_sha256="00", layers=4, parameters=10_000_000, vocab_size=257,
          tokens={"learn": {"train": 5000, "val": 300, "test": 300},
                  "retain": {"train": 6000, "val": 400, "test": 400}}),
@@ -95,6 +96,7 @@ GROWN = [
     dict(kind="eval", step=900, learn=2.2, retain=1.6),
     dict(kind="result", layers=6, parameters=16_000_000, trainable=4_000_000, flops=1234.5e12, tokens=921_600,
          best=2.2, train_seconds=5400.0, seconds=5430.0, protocol="Test split.", versions=[0, 2],
+         learned=["old", "new"],
          learn=dict(dataset="new", windows=40, base=4.0, grown=2.0, mixed=2.125, kl=0.25),
          retain=dict(dataset="old", windows=20, base=1.0, grown=1.5, mixed=1.0625, kl=0.125)),
 ]  # fmt: skip
@@ -109,6 +111,7 @@ PLAIN = [
     dict(kind="eval", step=900, learn=2.5, retain=None),
     dict(kind="result", layers=3, parameters=9_000_000, trainable=8_000_000, flops=0.5e12, tokens=921_600,
          best=2.5, train_seconds=30.0, seconds=42.0, protocol="Test split.", versions=[0],
+         learned=["new"],
          learn=dict(dataset="new", windows=40, base=3.0, grown=2.5, mixed=None, kl=0.75),
          retain=dict(dataset="none", windows=None, base=None, grown=None, mixed=None, kl=None)),
 ]  # fmt: skip
@@ -186,6 +189,17 @@ def test_base_against_grown(logs, names):
     for row, (text, name, cells) in zip(table(printed, "change"), expected, strict=True):
         assert_cells(row, text=text, run=name, **cells)
     assert "Test split. " + " ".join(LINES[name] for name in names) in flat(printed)
+
+
+def test_how_to_go_on_after_a_run(logs):
+    """With what was typed, but for the network, the texts and the folder."""
+    printed, folder = printed_by(ev.main, logs["grown"]), logs["grown"]
+    every = f"\nEvery version on every text: python eval.py {folder} --dataset=old,new --split=test\n"
+    assert every in printed
+    more = f"--init={folder}/model --dataset=headers --retain=new --out={folder}-headers"
+    assert printed.endswith(f"\nLearn one more and keep all: python train.py keep --seed=3 {more}\n")
+    assert "Every version" not in printed_by(ev.main, logs["plain"])
+    assert "keep all" not in printed_by(ev.main, logs["plain"])
 
 
 def test_growths_of_one_run(logs):

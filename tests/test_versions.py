@@ -8,6 +8,7 @@ runs of every kind."""
 import copy
 import json
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +176,12 @@ def test_the_newest_generation_is_the_model_itself_and_a_growth_between_is_no_ve
         grow.version(model, 2)
 
 
-BAD = [(), (1, 0), (0, 0), (0, 4), (-1,), (0.0,), ("0",), (True,)]
+BAD = [(), (1, 0), (0, 0), (0, 4), (0, 2, 3), (2,), (-1,), (0.0,), ("0",), (True,)]
 
 
 @pytest.mark.parametrize("versions", BAD)
 def test_versions_rise_and_end_at_a_generation_that_there_is(versions):
-    with pytest.raises(UserError, match="versions must be rising generations from 0 to 3"):
+    with pytest.raises(UserError, match="versions must be rising generations that its blocks have"):
         GPTConfig(BYTES, 16, 2, 16, (0, 3, 1), versions=versions)
 
 
@@ -340,13 +341,13 @@ def test_versions_do_not_change_during_a_run(here, tmp_path):
 
 
 NOT_KEPT = {  # what trains an original, and what the run says of it when it starts
-    "the card's timetable": (dict(first_growth=None), "until step 3", ""),
+    "the card's timetable": (dict(first_growth=None), "until step 3", "--first_growth=0"),
     "a plateau": (dict(first_growth=None, grow_every=None, trigger="plateau", patience=3, min_delta=9),
-                  "until the first growth", ""),
-    "nothing frozen": (dict(freeze="none"), "to the end", "with --freeze=base "),
-    "top1": (dict(freeze="top1"), "to the end", "with --freeze=base "),
+                  "until the first growth", "--first_growth=0"),
+    "nothing frozen": (dict(freeze="none"), "to the end", "to grow with --first_growth=0 and --freeze=base"),
+    "top1": (dict(freeze="top1"), "to the end", "to grow with --first_growth=0 and --freeze=base"),
     "no growth": (dict(max_growths=0, grow_every=None, first_growth=None), "to the end",
-                  "with --freeze=base "),
+                  "to grow with --first_growth=0 and --freeze=base"),
 }  # fmt: skip
 
 
@@ -358,15 +359,16 @@ def test_a_run_that_trains_its_originals_keeps_no_earlier_version_and_says_so(he
     assert model.config.versions == (max(model.config.generation),)
     assert max(model.config.generation) == (2 if name == "no growth" else 4)
     said = capsys.readouterr().out
-    assert (f"the originals train {until}: the pretrained network is not kept; --first_growth=0 {how}keeps it"
-            in said)  # fmt: skip
+    assert f"originals train {until}: the pretrained network is not kept; {how} keeps it" in said
     assert result(here / f"lost {name}")["learn"]["mixed"] is None
 
 
-@pytest.mark.parametrize("freeze", ["base", "older"])
-def test_a_run_that_keeps_its_base_says_nothing_of_it(here, freeze, capsys):
-    texts = here / "third.txt", here / "words.txt"
-    model = run(here, f"kept {freeze}", *texts, "net", freeze=freeze)
+PLATEAU = dict(trigger="plateau", grow_every=None, patience=3, min_delta=9)
+
+
+@pytest.mark.parametrize("more", [dict(freeze="base"), dict(freeze="older"), PLATEAU])
+def test_a_run_that_keeps_its_base_says_nothing_of_it(here, more, tmp_path, capsys):
+    model = run(here, tmp_path / "kept", here / "third.txt", here / "words.txt", "net", **more)
     assert model.config.versions == (0, 2) and "not kept" not in capsys.readouterr().out
 
 
@@ -583,6 +585,8 @@ REFUSED = [
     (["--alpha=2", "--prompt=x"], "alpha must be from 0 to 1"),
     (["--version=0", "--share=0.1", "--prompt=x"], "share"),
     (["--version=0", "--alpha=0.5", "--prompt=x"], "single"),
+    (["--dataset=docs,"], "without a name"),
+    (["--version=0", "--out=x", "--json"], "--json is for the tables"),
 ]
 
 
@@ -600,16 +604,20 @@ def test_options_of_versions_on_a_model_of_one(here):
 
 def test_an_export_does_not_replace_what_is_there(here):
     """A folder with anything in it stays as it is."""
-    (here / "mine").mkdir()
-    (here / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="mine.* exists"):
-        ev.main([str(here / "second"), "--version=0", f"--out={here / 'mine'}"])
-    assert (here / "mine" / "thesis.txt").exists()
+    for name, out in (("mine", "mine"), ("yours.tmp", "yours")):  # the second is where it would write first
+        (here / name).mkdir()
+        (here / name / "thesis.txt").write_text("x")
+        with pytest.raises(UserError, match=f"{name} exists"):
+            ev.main([str(here / "second"), "--version=0", f"--out={here / out}"])
+        assert (here / name / "thesis.txt").exists()
+    with pytest.raises(UserError, match="for one model, and 2 are named"):
+        ev.main([str(here / "first"), str(here / "second"), "--version=0", f"--out={here / 'new'}"])
 
 
 def test_the_card_says_what_transformers_loads(here):
-    card = (here / "first" / "model" / "README.md").read_text()
+    card, base = ((here / name / "model" / "README.md").read_text() for name in ("first", "base"))
     assert "last version alone" in card and f"{result(here / 'first')['retain']['mixed']:.4f}" in card
+    assert "last version alone" not in base  # it has one
 
 
 def test_a_third_text_that_needs_no_network():
@@ -619,10 +627,86 @@ def test_a_third_text_that_needs_no_network():
     assert "#include <torch/" in texts["train"] and "#pragma once" in texts["test"]
 
 
-def test_end_of_a_run_that_kept_its_base_says_how_to_go_on(here, capsys):
-    """With another text, and then with all of them in the order in which they were learned."""
-    ev.main([str(here / "first")])
-    assert f"--init={here / 'first' / 'model'}" in capsys.readouterr().out
-    ev.main([str(here / "second")])
-    learned = ",".join(str(here / name) for name in ("old.txt", "words.txt", "third.txt"))
-    assert f"--dataset={learned}" in capsys.readouterr().out
+def commands(printed):
+    """{what it does: words} of the commands that the end of a run prints."""
+    lines = [line.partition(": python ") for line in printed.splitlines()]
+    return {what: shlex.split(command) for what, _, command in lines if command}
+
+
+def test_commands_at_the_end_of_a_run_work_as_printed(here, tmp_path, capsys):
+    """With another context than the preset's, and texts and a folder with spaces in their names."""
+    texts = [tmp_path / f"{name} text.txt" for name in ("old", "new")]
+    for path, name in zip(texts, ("old.txt", "words.txt")):
+        path.write_text((here / name).read_text())
+    out = tmp_path / "a run"
+    run(here, out, texts[1], texts[0], "net")
+    found = commands(capsys.readouterr().out)
+    plot = found.pop("A picture of them")
+    for what, (program, *words) in found.items():
+        {"eval.py": ev.main, "train.py": train.main}[program](words)
+        printed = capsys.readouterr().out
+        if what == "Every version on every text":
+            assert list(table(printed)) == ["version", "-------", "0", "2", "mixed"]
+        if what == "Learn one more and keep all":
+            (last,) = [line for line in printed.splitlines() if "--dataset" in line and "every text" in line]
+            assert shlex.split(last)[-2:] == [f"--dataset={texts[0]},{texts[1]},headers", "--split=test"]
+            assert printed.endswith(last + "\n")
+    assert plot[1:] == [str(out), "--plot=run.png"] and result(f"{out}-headers")["versions"] == [0, 2, 4]
+
+
+def test_what_was_learned_is_told_from_run_to_run(here, tmp_path):
+    names = [str(here / name) for name in ("old.txt", "words.txt", "third.txt")]
+    assert result(here / "base")["learned"] == names[:1]  # a new network
+    assert result(here / "first")["learned"] == names[:2] and result(here / "second")["learned"] == names
+    more = dict(first_growth=None, max_growths=0, grow_every=None)
+    run(here, "lost", here / "third.txt", here / "words.txt", "first/model", **more)
+    assert result(here / "lost")["learned"] == names[2:]  # nothing else is still inside
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.jsonl").write_text("")
+    GPT.from_pretrained(here / "net").save_pretrained(tmp_path / "broken" / "model")
+    run(here, "orphan", here / "third.txt", here / "words.txt", tmp_path / "broken" / "model")
+    assert result(here / "orphan")["learned"] == names[1:]
+
+
+def test_a_later_run_goes_on_from_its_middle(here):
+    """As if it had not stopped, and with the same originals."""
+    texts, more = (here / "third.txt", here / "words.txt"), dict(max_growths=1, where="top", grow_every=None)
+    run(here, "stopped", *texts, "first/model", **more, max_steps=50, eval_every=40)
+    model = run(here, "stopped", *texts, "first/model", "--resume", **more, max_steps=120, eval_every=40)
+    assert bits(model) == bits(GPT.from_pretrained(here / "second" / "model"))
+    assert model.config.versions == (0, 2, 3)
+
+
+def test_a_log_of_an_earlier_program_gets_a_sentence(here, tmp_path):
+    lines = [json.loads(line) for line in (here / "first" / "metrics.jsonl").read_text().splitlines()]
+    del lines[-1]["versions"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match="earlier program: run its command again"):
+        ev.main([str(tmp_path)])
+
+
+def test_lambada_is_that_of_the_last_version_alone(here, monkeypatch, capsys):
+    measured, found = [], dict(accuracy=0.5, perplexity=2.0, passages=3)
+    monkeypatch.setattr(ev, "lambada", lambda net: measured.append(net) or found)
+    ev.main([str(here / "second"), "--lambada"])
+    assert "accuracy 0.5000, perplexity 2.00" in capsys.readouterr().out
+    assert bits(measured[0]) == bits(GPT.from_pretrained(here / "second" / "model"))
+
+
+def test_temperature_and_top_k_act_on_the_mixture(here, exports, capsys):
+    """The most likely token of the mixture is the only one that is left."""
+    prompt = "keep block learn"
+    ids = continued_by_hand(exports, prompt.encode(), 24, 16, 0.0)
+    how = ["--temperature=2", "--top_k=1", "--max_new_tokens=24"]
+    ev.main([str(here / "second"), f"--prompt={prompt}", *how])
+    assert capsys.readouterr().out == data.decode(ids, BYTES) + "\n"
+
+
+def test_each_row_has_weights_of_its_own(here):
+    model = GPT.from_pretrained(here / "second" / "model").eval()
+    nets = [grow.version(model, g) for g in model.config.versions]
+    rows = torch.randint(BYTES, (3, 12))
+    together = model.generate(rows, 10, 0, next_logits=ev.mixed_prediction(nets))
+    for row, ids in zip(rows, together):
+        alone = model.generate(row[None], 10, 0, next_logits=ev.mixed_prediction(nets))
+        assert torch.equal(alone[0], ids[: alone.size(1)])
