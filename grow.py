@@ -29,10 +29,10 @@ from model import GPT, Block, cross_entropy, init_parameter
 def insert_block(model, at, init="copy", generation=None):
     """Insert a block that computes the identity at index `at` of model.h (0 ... n_layer) and return it.
 
-    init "copy" starts from the weights of the block below (of the block above at index 0), "fresh" from
-    GPT-2's random initialisation. In both, weight and bias of the two output projections are zero, which
-    makes the block the identity (arXiv 2308.06103, theorem 3.6): at first only they have a gradient, and a
-    step later all has. `generation` numbers the growth that the block belongs to: the next one, if None."""
+    init "copy" starts from the block below (at index 0, above), "fresh" from GPT-2's random weights. In
+    both, the two output projections are zero, weight and bias, which makes the block the identity (arXiv
+    2308.06103, theorem 3.6): at first only they have a gradient, a step later all has. `generation` numbers
+    the growth that the block belongs to; None: the next."""
     config = model.config
     if not 0 <= at <= config.n_layer:
         raise UserError(f"cannot insert at {at}: give an index from 0 to {config.n_layer}")

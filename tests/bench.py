@@ -341,7 +341,7 @@ def mixture(what, where="upper", n=1):
         "evaluation": lambda: ev.evaluate(model, *text),
         "mixed evaluation": lambda: ev.evaluate_together(nets, *text),
         "sampling, cached": lambda: model.generate(ids, n, 0.8, 50),
-        "mixed sampling": lambda: model.generate(ids, n, 0.8, 50, predict=ev.mixed_prediction(nets)),
+        "mixed sampling": lambda: model.generate(ids, n, 0.8, 50, next_logits=ev.mixed_prediction(nets)),
         "head as the blocks": lambda: model.head(hidden).float(),
         "head in float32": lambda: ev.logits(model, hidden),
         "scale_grown": lambda: grow.scale_grown(model, 1.0),

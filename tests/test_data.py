@@ -278,7 +278,11 @@ def test_docs_and_code_are_the_whole_text_of_this_python():
     """The embedded texts need no network, lose or double no line, and are split 90/5/5."""
     folder = Path(os.__file__).parent  # the standard library
     modules = [path.read_text("utf-8", "replace") for path in folder.iterdir() if path.suffix == ".py"]
-    for splits, texts in ((data.docs(), topics.values()), (data.code(), modules)):
+    interface = Path(torch.__file__).parent / "include/torch/csrc/api/include"
+    headers = [(Path(at) / name).read_text("utf-8", "replace")
+               for at, _, names in os.walk(interface) for name in names if name.endswith(".h")]  # fmt: skip
+    both = ((data.docs(), topics.values()), (data.code(), modules))
+    for splits, texts in (*both, (data.headers(), headers)):
         pieces = "".join(splits.values()).split(data.EOT)
         lines = Counter(line for piece in pieces for line in piece.split("\n") if line)
         assert lines == Counter(line for text in texts for line in text.split("\n") if line)
@@ -288,7 +292,7 @@ def test_docs_and_code_are_the_whole_text_of_this_python():
 
 def test_any_part_of_docs_and_code_is_like_the_whole():
     """Pieces of 2,000 characters and the rest of a line, in an order that owes nothing to the alphabet."""
-    for splits in (data.docs(), data.code()):
+    for splits in (data.docs(), data.code(), data.headers()):
         pieces = "".join(splits.values()).split(data.EOT)
         line = max(len(line) for piece in pieces for line in piece.split("\n"))
         assert max(map(len, pieces)) <= 2000 + line + 1
@@ -309,6 +313,12 @@ def test_docs_and_code_are_the_same_in_every_process():
     other = subprocess.run([sys.executable, "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
     here = hashlib.sha256(repr((data.docs(), data.code())).encode()).hexdigest()
     assert other.stdout.strip() == here, other.stderr
+
+
+def test_a_torch_without_headers_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(data.UserError, match=f"no headers in {tmp_path}.* another --dataset"):
+        data.headers()
 
 
 def put_wikitext(tmp_path, monkeypatch, members, right=None):

@@ -138,6 +138,9 @@ def test_compare_measures_both_networks_without_dropout():
     for base_trains, grown_trains in ((True, False), (False, True), (True, True)):
         base.train(base_trains), grown.train(grown_trains)
         assert ev.compare(base, grown, tokens=TOKENS, block_size=16) == expected
+        base.train(base_trains), grown.train(grown_trains)
+        *alone, _ = ev.evaluate_together([base, grown], TOKENS, 16)
+        assert alone == pytest.approx([expected["base"], expected["grown"]], abs=1e-6)
 
 
 def test_block_use_counts_only_tokens_that_predict_one():

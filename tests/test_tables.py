@@ -246,6 +246,18 @@ def test_use_is_the_mean_over_the_blocks_of_a_growth(tmp_path):
     assert [row["use"] for row in table(printed_by(ev.main, tmp_path), "use")] == ["0.312", "0.250"]
 
 
+def test_frontier_has_a_point_for_each_way_to_predict(logs, tmp_path, monkeypatch):
+    """Of the run that kept its base two: the grown network alone, and mixed."""
+    figure, drawn = pytest.importorskip("matplotlib.figure").Figure, []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    printed_by(ev.main, *logs.values(), f"--plot={tmp_path / 'runs.png'}")
+    frontier = drawn[0].axes[1]
+    expected = {"grown": (2.0, 0.5), "grown, mixed": (2.125, 0.0625), "kept": (3.0, -0.25)}
+    assert {note.get_text(): note.xy for note in frontier.texts} == expected
+    points = [tuple(float(value) for (value,) in line.get_data()) for line in frontier.lines]
+    assert sorted(points) == sorted(expected.values())
+
+
 def test_a_run_without_growth_has_no_row_of_growth(logs):
     heads = {head for rows in tables(printed_by(ev.main, logs["plain"])) for head in rows[0]}
     assert "change" in heads and "added" not in heads and "slope after" not in heads

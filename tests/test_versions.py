@@ -211,6 +211,16 @@ def test_versions_survive_every_file(tmp_path):
     assert GPT.from_pretrained(tmp_path / "theirs").config.versions == (3,)
 
 
+def test_what_a_file_holds_is_finished(tmp_path):
+    """Whatever it was in the middle of when it was saved: loaded, nothing in it is grown."""
+    model = grown_twice()
+    grow.insert_block(model, 6)
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config.versions == (0, 2, 3, 4) and model.config.versions == (0, 2, 3)
+    assert grow.grown(again) == [] and grow.grown(model) == [6]
+
+
 def test_what_is_grown_is_younger_than_the_last_version():
     """For freezing, placement, EWC and the teacher alike, whatever generations the network brings."""
     model = grown_twice()
@@ -247,6 +257,20 @@ def test_networks_that_share_blocks_run_together_as_alone(device):
     other = copy.deepcopy(nets[0])  # it shares nothing: it embeds for itself
     outputs = grow.run_together([other, model], x, first=1)
     assert torch.equal(outputs[0], other.run(other.embed(x[1:]))) and outputs[1].shape == (3, 16, 16)
+    # Only the last one is there to be trained: for the others no graph is kept.
+    for together in (outputs, grow.run_together(nets, x)):
+        assert [out.requires_grad for out in together] == [False] * (len(together) - 1) + [True]
+
+
+def test_blocks_over_other_embeddings_are_not_shared():
+    """The same blocks compute something else there."""
+    model, x = grown_twice(), torch.randint(BYTES, (3, 16))
+    other = grow.original(model)
+    other.wte = copy.deepcopy(model.wte)
+    with torch.no_grad():
+        other.wte.weight.add_(1.0)
+    for net, out in zip((other, model), grow.run_together([other, model], x)):
+        assert torch.equal(net.head(out), net(x)[0])
 
 
 # ----- The dial -----
@@ -306,7 +330,7 @@ TINY = dict(
 def run(folder, out, learn, retain, init, *words, **changes):
     init = init if init == "scratch" else folder / init
     options = {"init": init, "dataset": learn, "retain": retain, "out": folder / out, **TINY, **changes}
-    train.main([f"--{name}={value}" for name, value in options.items() if value is not None] + list(words))
+    train.main([*words, *(f"--{name}={value}" for name, value in options.items() if value is not None)])
     return GPT.from_pretrained(folder / out / "model")
 
 
@@ -342,6 +366,7 @@ def test_versions_do_not_change_during_a_run(here, tmp_path):
 
 NOT_KEPT = {  # what trains an original, and what the run says of it when it starts
     "the card's timetable": (dict(first_growth=None), "until step 3", "--first_growth=0"),
+    "a timetable of its own": (dict(first_growth=2, freeze="older"), "until step 2", "--first_growth=0"),
     "a plateau": (dict(first_growth=None, grow_every=None, trigger="plateau", patience=3, min_delta=9),
                   "until the first growth", "--first_growth=0"),
     "nothing frozen": (dict(freeze="none"), "to the end", "to grow with --first_growth=0 and --freeze=base"),
@@ -360,7 +385,8 @@ def test_a_run_that_trains_its_originals_keeps_no_earlier_version_and_says_so(he
     assert max(model.config.generation) == (2 if name == "no growth" else 4)
     said = capsys.readouterr().out
     assert f"originals train {until}: the pretrained network is not kept; {how} keeps it" in said
-    assert result(here / f"lost {name}")["learn"]["mixed"] is None
+    row = result(here / f"lost {name}")
+    assert row["learn"]["mixed"] is None and "mixed" not in row["protocol"]
 
 
 PLATEAU = dict(trigger="plateau", grow_every=None, patience=3, min_delta=9)
@@ -370,6 +396,12 @@ PLATEAU = dict(trigger="plateau", grow_every=None, patience=3, min_delta=9)
 def test_a_run_that_keeps_its_base_says_nothing_of_it(here, more, tmp_path, capsys):
     model = run(here, tmp_path / "kept", here / "third.txt", here / "words.txt", "net", **more)
     assert model.config.versions == (0, 2) and "not kept" not in capsys.readouterr().out
+
+
+def test_preset_keep_keeps(here):
+    model = run(here, "preset", here / "third.txt", here / "words.txt", "net", "keep", first_growth=None)
+    assert model.config.versions == (0, 2)
+    assert bits(grow.version(model, 0)) == bits(GPT.from_pretrained(here / "net"))
 
 
 def test_a_new_network_has_nothing_to_keep(here, capsys):
@@ -485,6 +517,14 @@ def test_table_of_a_run_shows_mixed_beside_the_grown_network_alone(here, capsys)
     assert "mixed with share 0" in out
 
 
+def test_comparison_mixes_with_the_share_that_it_is_given(here, exports):
+    tokens = data.load(str(here / "words.txt"), BYTES, 16)["test"]
+    model = GPT.from_pretrained(here / "second" / "model")
+    found = ev.compare(grow.version(model, 2), model, tokens, 16, windows=4, share=0.2)["mixed"]
+    shared, bayes = (expected(exports, tokens, 16, 4, share)[-1] for share in (0.2, 0.0))
+    assert found == pytest.approx(shared, abs=1e-6) and abs(shared - bayes) > 1e-5
+
+
 @pytest.mark.parametrize("share", [None, 0.05])
 def test_matrix_of_versions_and_texts(here, exports, share, capsys):
     names = ("old.txt", "words.txt", "third.txt")
@@ -505,13 +545,49 @@ def test_matrix_of_versions_and_texts(here, exports, share, capsys):
     forgot = (columns[0][2] - columns[0][0] + columns[1][2] - columns[1][1]) / 2
     kept = (columns[0][3] - columns[0][0] + columns[1][3] - columns[1][1]) / 2
     line = next(line for line in out.splitlines() if "backward transfer" in line.lower())
-    assert f"{forgot:+.4f}" in line and f"{kept:+.4f}" in line
+    assert f"last version {forgot:+.4f}, mixed {kept:+.4f}" in line
 
 
 def test_no_backward_transfer_where_texts_are_not_as_many_as_versions(here, capsys):
     ev.main([str(here / "second"), f"--dataset={here / 'old.txt'}", "--windows=3"])
     out = capsys.readouterr().out
     assert "backward transfer" not in out.lower() and list(table(out))[-1] == "mixed"
+
+
+def test_no_backward_transfer_where_texts_are_more_than_versions(here, capsys):
+    names = ("old.txt", "words.txt", "third.txt")
+    ev.main([str(here / "first"), "--dataset=" + ",".join(str(here / n) for n in names), "--windows=3"])
+    out = capsys.readouterr().out
+    assert "backward transfer" not in out.lower() and list(table(out))[2:] == ["0", "2", "mixed"]
+
+
+def test_matrix_can_weigh_all_windows_alike(here, exports, capsys):
+    """The mean of the windows' means, for each version and for all of them mixed."""
+    text = here / "short.txt"
+    text.write_text((here / "third.txt").read_text()[:1500])
+    tokens = data.load(str(text), BYTES, 16)["test"]
+    count = math.ceil(len(tokens) / 16)
+    assert len(tokens) % 16 > 1  # the last window is a shorter one
+    ev.main([str(here / "second"), f"--dataset={text}", "--split=test", "--average=window"])
+    rows = table(capsys.readouterr().out)
+    each = [window_losses(net, tokens, 16, count) for net in exports]
+    each.append([torch.tensor(by_hand(torch.stack(losses), 0.0)) for losses in zip(*each)])
+    for name, losses in zip(("0", "2", "3", "mixed"), each):
+        by_window = np.mean([nats.mean().item() for nats in losses])
+        assert abs(by_window - torch.cat(losses).mean().item()) > 1e-3
+        assert float(rows[name][0]) == pytest.approx(by_window, abs=6e-5)
+
+
+def test_one_version_on_several_texts_has_a_row_and_no_mixture(here, exports, capsys):
+    names = ("old.txt", "words.txt")
+    dataset = "--dataset=" + ",".join(str(here / name) for name in names)
+    ev.main([str(here / "second"), dataset, "--windows=3", "--version=2"])
+    out = capsys.readouterr().out
+    rows = table(out)
+    assert list(rows)[2:] == ["2"] and "mixed" not in out
+    for cell, name in zip(rows["2"], names):
+        tokens = data.load(str(here / name), BYTES, 16)["val"]
+        assert float(cell) == pytest.approx(expected(exports[1:2], tokens, 16, 3)[0], abs=1e-4)
 
 
 def test_one_version_alone_is_measured_as_any_network(here, exports, capsys):
@@ -558,6 +634,46 @@ def test_prompt_continues_with_the_mixture(here, exports, prompt, share, capsys)
     assert ids != alone or prompt == "k"  # it tells the mixture from the last version
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_each_row_of_a_batch_is_mixed_by_itself(here, exports, share):
+    """Probabilities of every token that may come next, past the context, too: not the likeliest alone."""
+    model = GPT.from_pretrained(here / "second" / "model").eval()
+    predict = ev.mixed_prediction([grow.version(model, g) for g in model.config.versions], share)
+    ids = torch.tensor([list(b"keep block le"), list(b"the 3 of 9 wa")])  # (2, 13), of a context of 16
+    w = torch.full((2, 3), 1 / 3).double()
+
+    @torch.no_grad()
+    def probabilities(b, t):
+        return torch.stack([F.softmax(net(ids[b : b + 1, max(0, t - 16) : t]).logits[0, -1].double(), -1)
+                            for net in exports])  # fmt: skip
+
+    moved = 0  # tokens that the weights have seen
+    with torch.no_grad():
+        for _ in range(7):
+            found = predict(ids).exp()
+            for b in (0, 1):
+                for t in range(max(moved, 1), ids.size(1)):
+                    posterior = w[b] * probabilities(b, t)[:, ids[b, t]]
+                    w[b] = (1 - share) * posterior / posterior.sum() + share / 3
+                assert torch.allclose(found[b], w[b] @ probabilities(b, ids.size(1)), atol=1e-6)
+            moved = ids.size(1)
+            ids = torch.cat([ids, torch.randint(BYTES, (2, 1))], 1)
+    assert (w[0] - w[1]).abs().max() > 1e-3
+
+
+def test_another_predictor_is_asked_with_all_ids_so_far():
+    """GPT.generate leaves it to the predictor how much of them it looks at."""
+    ids = [3, 1, 4]
+
+    def total(idx):
+        return F.one_hot(idx.sum(1) % EOT, BYTES).float()
+
+    found = grown_twice().generate(torch.tensor([ids]), 20, temperature=0, next_logits=total)
+    for _ in range(20):  # past the context of 16
+        ids = [*ids, sum(ids) % EOT]
+    assert found[0].tolist() == ids
+
+
 def test_prompt_continues_with_one_version_on_request(here, capsys):
     said = []
     for words in ([here / "second", "--version=0"], [here / "net"], [here / "second"]):
@@ -575,12 +691,51 @@ def test_dial_is_exported(here, capsys):
     GPT2LMHeadModel.from_pretrained(folder)
 
 
+def test_dial_of_an_earlier_version(here):
+    """Between that one and the one before it."""
+    folder = here / "dialled earlier"
+    ev.main([str(here / "second"), "--version=2", "--alpha=0.5", f"--out={folder}"])
+    model = GPT.from_pretrained(here / "first" / "model")
+    grow.scale_grown(model, 0.5)
+    assert bits(GPT.from_pretrained(folder)) == bits(model)
+
+
+def test_what_the_dial_makes_is_measured_alone(here, capsys):
+    dialled = here / "dialled to be measured"
+    words = [f"--dataset={here / 'old.txt'}", "--windows=3"]
+    ev.main([str(here / "second"), "--alpha=0.5", f"--out={dialled}", *words])
+    out = capsys.readouterr().out
+    tokens = data.load(str(here / "old.txt"), BYTES, 16)["val"]
+    net = GPT2LMHeadModel.from_pretrained(dialled).eval()
+    assert "mixed" not in out and f"loss {expected([net], tokens, 16, 3)[0]:.4f}" in out
+
+
+def test_lambada_is_that_of_the_last_version(here, exports, monkeypatch, capsys):
+    monkeypatch.setattr(data, "GPT2", BYTES)
+    monkeypatch.setattr(data, "lambada", lambda: ["keep learn", "was kept"])
+    monkeypatch.setattr(data, "encode", lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16))
+    said = []
+    for net, words in ((exports[0], ["--version=0"]), (exports[2], [])):
+        ev.main([str(here / "second"), "--lambada", *words])
+        nats = 0.0
+        for text in (b"keep learn", b"was kept"):
+            ids = torch.tensor([list(text)])
+            first = text.index(b" ")  # the last word begins with it
+            with torch.no_grad():
+                nats += F.cross_entropy(net(ids).logits[0, first - 1 : -1], ids[0, first:], reduction="sum")
+        said.append(float(capsys.readouterr().out.rpartition("perplexity ")[2]))
+        assert math.log(said[-1]) == pytest.approx(nats.item() / 2, abs=1e-4)
+    assert said[0] != pytest.approx(said[1], rel=1e-2)
+
+
 REFUSED = [
     (["--version=1", "--prompt=x"], "no version 1 .* 0, 2, 3"),
     (["--version=0"], "--version does nothing without"),
     (["--alpha=0.5"], "--alpha does nothing without"),
     (["--out=x"], "--out does nothing without"),
     (["--share=0.1"], "--share does nothing without"),
+    (["--share=0.1", "--lambada"], "--share does nothing without --dataset or --prompt"),
+    (["--out=x", "--dataset=docs"], "--out does nothing without --version or --alpha"),
     (["--share=2", "--prompt=x"], "share must be from 0 to 1"),
     (["--alpha=2", "--prompt=x"], "alpha must be from 0 to 1"),
     (["--version=0", "--share=0.1", "--prompt=x"], "share"),
@@ -602,6 +757,26 @@ def test_options_of_versions_on_a_model_of_one(here):
             ev.main([str(here / "net"), option, "--prompt=x"])
 
 
+def test_an_export_is_of_one_model(here):
+    with pytest.raises(UserError, match="one model"):
+        ev.main([str(here / "second"), str(here / "first"), "--version=0", f"--out={here / 'both'}"])
+    assert not (here / "both").exists()
+
+
+def test_each_text_is_asked_for_before_a_model_is_loaded(here):
+    with pytest.raises(UserError, match="no data set .*nowhere"):
+        ev.main([str(here / "no such model"), "--dataset=docs,nowhere"])
+
+
+def test_a_text_may_have_a_comma_in_its_name(here, capsys):
+    text = here / "one, two.txt"
+    text.write_text((here / "old.txt").read_text())
+    for name in (text, here / "old.txt"):
+        ev.main([str(here / "net"), f"--dataset={name}", "--windows=3"])
+    one, other = (line for line in capsys.readouterr().out.splitlines() if line.startswith("loss "))
+    assert one == other
+
+
 def test_an_export_does_not_replace_what_is_there(here):
     """A folder with anything in it stays as it is."""
     for name, out in (("mine", "mine"), ("yours.tmp", "yours")):  # the second is where it would write first
@@ -616,6 +791,7 @@ def test_an_export_does_not_replace_what_is_there(here):
 
 def test_the_card_says_what_transformers_loads(here):
     card, base = ((here / name / "model" / "README.md").read_text() for name in ("first", "base"))
+    assert "mixing [0, 2] needs" in " ".join(card.split())
     assert "last version alone" in card and f"{result(here / 'first')['retain']['mixed']:.4f}" in card
     assert "last version alone" not in base  # it has one
 
@@ -710,3 +886,15 @@ def test_each_row_has_weights_of_its_own(here):
     for row, ids in zip(rows, together):
         alone = model.generate(row[None], 10, 0, next_logits=ev.mixed_prediction(nets))
         assert torch.equal(alone[0], ids[: alone.size(1)])
+
+
+EVERY = "Every version on every text"
+
+
+def test_the_matrix_that_a_run_tells_of_is_of_what_no_run_trained_on(here, capsys):
+    """And it has the backward transfer: the command runs as it stands."""
+    ev.main([str(here / "second")])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(EVERY))
+    ev.main(shlex.split(line)[shlex.split(line).index("eval.py") + 1 :])
+    out = capsys.readouterr().out
+    assert "test split" in out and "Backward transfer" in out
