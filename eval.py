@@ -46,9 +46,10 @@ def choose_machine(device="auto", dtype="auto"):
         device, why = next(name for name in there if there[name]), "the fastest that torch sees"
     if not there[device]:
         raise UsageError(f"--device={device}, but torch sees none: use --device=auto")
-    chosen, capable = torch.device(device), torch.cpu.get_capabilities()
-    native = any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
+    chosen, native = torch.device(device), False
     if device == "cpu":
+        capable = torch.cpu.get_capabilities()
+        native = any(capable.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, ARM
         keep_freed_memory()
     if device == "cuda":
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

@@ -71,8 +71,7 @@ def placement(where, model, growth, max_growths):
 
     "spread" divides the original blocks into max_growths equal groups and puts one block after each, from
     the top down (LLaMA Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom"
-    always use the ends. Growing from the top down keeps the frozen blocks below the lowest grown one,
-    which need no backward pass, as many as possible for as long as possible."""
+    always use the ends. From the top down: frozen blocks below the lowest grown one need no backward."""
     if where == "top":
         return model.config.n_layer
     if where == "bottom":
@@ -163,13 +162,10 @@ def scale_grown(model, alpha):
 
 def shared_blocks(nets):
     """How many blocks, from the bottom up, all networks have in common: these need computing only once."""
-    shared = 0
-    if all(net.wte is nets[0].wte for net in nets):
-        for blocks in zip(*(net.h for net in nets)):
-            if any(block is not blocks[0] for block in blocks):
-                break
-            shared += 1
-    return shared
+    if any(net.wte is not nets[0].wte for net in nets):
+        return 0
+    common = [all(block is blocks[0] for block in blocks) for blocks in zip(*(net.h for net in nets))]
+    return [*common, False].index(False)
 
 
 def run_together(nets, idx, first=0):
@@ -294,10 +290,9 @@ class EWC:
     """Elastic weight consolidation (Kirkpatrick et al., 2017, eq. 3): (1/2) sum F (w - w*)^2, without lambda.
 
     w* are the weights of `model` now and F the diagonal of their Fisher information per token, E[(d log p
-    / dw)^2], on `batches` (an iterable of ids (B, T)) with labels sampled from the model itself. Scores of
-    sampled labels have mean zero and are uncorrelated between tokens, so the square of their sum is, on
-    average, the sum of their squares: one ordinary backward per batch is an unbiased estimate. (With the
-    labels of the data it would not be: van de Ven, arXiv 2502.11756.)"""
+    / dw)^2], on `batches`, each ids (B, T), with labels sampled from the model itself. Their scores have mean
+    zero and are uncorrelated, so the square of the sum is on average the sum of the squares: one backward per
+    batch is unbiased. (With the data's labels it would not be: van de Ven, arXiv 2502.11756.)"""
 
     def __init__(self, model, batches, generator=None):
         was_training = model.training
@@ -318,9 +313,13 @@ class EWC:
         model.train(was_training)
 
     def penalty(self, model):
-        """Scalar, summed over the original parameters of `model` that still train."""
-        terms = [(self.fisher[n] * (p - self.anchor[n]) ** 2).sum() for n, p in self.weighs(model)]
-        return sum(terms) / 2 if terms else torch.zeros((), device=model.wte.weight.device)
+        """Scalar, over the original parameters of `model` that still train: few launches for all of them."""
+        named = dict(self.weighs(model))
+        if not named:
+            return torch.zeros((), device=model.wte.weight.device)
+        moved = torch._foreach_sub(list(named.values()), [self.anchor[n] for n in named])
+        terms = torch._foreach_mul(torch._foreach_mul(moved, moved), [self.fisher[n] for n in named])
+        return torch.stack(torch._foreach_norm(terms, 1)).sum() / 2  # none is negative: the norm is the sum
 
     def weighs(self, model):
         """The (name, parameter) pairs that the penalty holds: none where all originals are frozen."""

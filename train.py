@@ -346,7 +346,8 @@ def micro_batches(o, texts, dreams, step, device, rank=0, world=1):
     if replayed:
         again = data.batch(texts["retain"]["train"], T, replayed, step, o.seed + 1)
         x, y = torch.cat([x, again[0]]), torch.cat([y, again[1]])
-    x, y = (t.view(o.grad_accum, world, -1, T)[:, rank] for t in (x, y))  # (grad_accum, rows of a rank, T)
+    # (grad_accum, rows of a rank, T) each; contiguous, as pinned memory must be
+    x, y = (t.view(o.grad_accum, world, -1, T)[:, rank].contiguous() for t in (x, y))
     if o.distilled:  # rows to be distilled on follow those to be learned
         source = dreams if o.kd_on == "dream" else texts["retain"]["train"]
         extra, _ = data.batch(source, T, o.distilled * o.grad_accum, step, o.seed + 2)
@@ -397,6 +398,8 @@ def train(o):
     init_sha256 = data.sha256(p.detach().numpy() for p in base.parameters())
     if saved and saved["init_sha256"] != init_sha256:
         raise UserError(f"{out} was started from other weights than {o.init} holds now: restore those")
+    # Beside a GPU there is memory for a copy: the base need not be loaded again to be compared with.
+    untouched = None if device.type == "cpu" or o.originals_never_train else copy.deepcopy(base)
     base.to(device)
     names = {"learn": o.dataset, "retain": o.retain}
     texts = {key: None if name == "none" else data.load(name, base.config.vocab_size, o.block_size)
@@ -439,12 +442,13 @@ def train(o):
     rows = o.batch_size * o.grad_accum  # of a step, over all processes
 
     def rebuild(previous=None):
-        """What depends on which parameters train: optimizer, DDP (fixed when it is built), cost of a step."""
+        """The parameters that train, and what depends on them: optimizer, DDP, the cost of a step."""
         optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, previous)
         ddp = DistributedDataParallel(objective) if world > 1 else objective
-        return optimizer, ddp, grow.count_flops(objective, rows, o.distilled * o.grad_accum, o.block_size)
+        cost = grow.count_flops(objective, rows, o.distilled * o.grad_accum, o.block_size)
+        return grow.trainable(model), optimizer, ddp, cost
 
-    optimizer, ddp, step_flops = rebuild()
+    trains, optimizer, ddp, step_flops = rebuild()
     step, flops, train_seconds, log = 0, 0, 0.0, []
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     started = {"command": command, "presets": o.presets, "typed": o.typed}
@@ -490,7 +494,7 @@ def train(o):
     def refuse_non_finite(*numbers):
         if not all(map(math.isfinite, numbers)):
             raise UserError(
-                f"a loss or the gradient norm is not finite at step {step - 1} {numbers}: the run stops. "
+                f"a loss or the gradient norm is not finite at or before step {step - 1}: the run stops. "
                 f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run, or "
                 "--resume with --dtype=float32"
             )
@@ -534,6 +538,7 @@ def train(o):
 
     # ----- the loop -----
     signals, losses, lr, since, since_step = note_signals(), None, 0, 0, 0
+    total = torch.zeros((), device=device)  # of all losses since the start, to see if one was not finite
     while True:  # max_steps + 1 times: the last time it only measures and saves
         last = step == o.max_steps
         stopped_by = stop_signal() if world == 1 or step % o.log_every == 0 else 0
@@ -542,28 +547,28 @@ def train(o):
         measures = last or due or step % o.eval_every == 0
         saves = last or stopped_by or step % o.save_every == 0
 
-        # --- log line of the step before. Here, and only here, the program waits for the device. A NaN stays
-        # in the weights, so reading the losses now and then misses none; a loss scaler skips such a step (and
-        # waits anyway), so with one they are read at once.
+        # --- log line of the step before. Here, and only here, the program waits for the device: a loss that
+        # is not finite stays in `total`, so reading it now and then misses none.
         logs = (step - 1) % o.log_every == 0
-        if losses is not None and (logs or measures or saves or scaler.is_enabled()):
+        if losses is not None and (logs or measures or saves):
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             seconds = time.perf_counter() - since
             train_seconds, ms = train_seconds + seconds, 1000 * seconds / (step - since_step)
+            losses = torch.cat([losses, total[None]])
             if world > 1:
                 dist.all_reduce(losses)
                 losses /= world
-            (nll, kd, penalty, norm), losses = losses.tolist(), None
+            (nll, kd, penalty, norm, so_far), losses = losses.tolist(), None
             # A loss scaler makes infinite gradients on purpose, and skips those steps.
-            refuse_non_finite(nll, kd, penalty, 0.0 if scaler.is_enabled() else norm)
+            refuse_non_finite(nll, kd, penalty, so_far, 0.0 if scaler.is_enabled() else norm)
             if logs:
                 finite_norm = norm if math.isfinite(norm) else None
                 record("step", step=step - 1, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=finite_norm, ms=ms)
                 terms = (f" kd {kd:.4f}" if teacher else "") + (f" ewc {penalty:.2e}" if ewc else "")
-                speed, trains = 1000 * rows * o.block_size / ms, sizes()["trainable"] / 1e6
+                speed, millions = 1000 * rows * o.block_size / ms, sizes()["trainable"] / 1e6
                 say(f"step {step - 1}/{o.max_steps} loss {nll:.4f}{terms} lr {lr:.1e} norm {norm:.2f} "
-                    f"{ms:.0f} ms {speed:,.0f} tok/s depth {model.config.n_layer} trainable {trains:.1f}M "
+                    f"{ms:.0f} ms {speed:,.0f} tok/s depth {model.config.n_layer} trainable {millions:.1f}M "
                     f"{ev.duration((o.max_steps - step) * ms / 1000)} left")  # fmt: skip
 
         # --- measure, unless a run that was stopped here has done it
@@ -582,14 +587,15 @@ def train(o):
             before, layers, size = evals[-1], model.config.n_layer, sizes()["parameters"]
             expected = probe_logits()
             at = grow.placement(o.where, model, len(events), o.max_growths)
-            torch.manual_seed(o.seed * 1_000_003 + step)  # for --block_init=fresh
+            if o.block_init == "fresh":
+                torch.manual_seed(o.seed * 1_000_003 + step)
             grow.insert_block(model, at, o.block_init)
             grow.freeze(model, o.freeze)
             if not torch.equal(expected, probe_logits()):
                 raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
             if compiles:
                 grow.compile_objective(objective)
-            optimizer, ddp, step_flops = rebuild(optimizer)
+            trains, optimizer, ddp, step_flops = rebuild(optimizer)
             after, now, depth = measure(), sizes(), model.config.n_layer
             added = now["parameters"] - size
             events.append(record(
@@ -620,7 +626,8 @@ def train(o):
         # --- one optimizer step
         if losses is None:  # the clock runs while the network trains, and only then
             since, since_step = time.perf_counter(), step
-        torch.manual_seed(o.seed * 1_000_003 + step)  # dropout, too, is a function of (seed, step)
+        if o.dropout:  # it is a function of (seed, step), too
+            torch.manual_seed(o.seed * 1_000_003 + step)
         lr = learning_rate(o, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -637,7 +644,8 @@ def train(o):
                     loss, losses[2] = loss + o.ewc_lambda * penalty, penalty.detach()
                 scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        losses[3] = nn.utils.clip_grad_norm_(grow.trainable(model), o.grad_clip or math.inf)
+        losses[3] = nn.utils.clip_grad_norm_(trains, o.grad_clip or math.inf)
+        total += losses[:3].sum()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -651,11 +659,13 @@ def train(o):
         say(f"stopped at step {step}, saved in {out}: {how}")
         return 128 + stopped_by
     kept = o.originals_never_train and o.init != "scratch"
-    base = grow.original(model) if kept else teacher or start_model(o).to(device)
-    if data.sha256(p.detach().cpu().numpy() for p in base.parameters()) != init_sha256:
-        if kept:
+    base = grow.original(model) if kept else teacher or (untouched or start_model(o)).to(device)
+    if untouched is None:
+        sha256 = data.sha256(p.detach().cpu().numpy() for p in base.parameters())
+        if sha256 != init_sha256 and kept:
             raise RuntimeError("an original changed, and none may train from step 0 on")
-        raise UserError(f"{o.init} has changed since the run started: restore it and --resume")
+        if sha256 != init_sha256:
+            raise UserError(f"{o.init} has changed since the run started: restore it and --resume")
     # From here on the network is finished: a version itself, beside those that are in it as they were.
     versions = (*(model.config.versions if kept else ()), max(model.config.generation))
     learned = [*(ev.texts_learned(o.init, o.retain) if kept else ()), o.dataset]
@@ -699,15 +709,14 @@ def main(argv):
     o = parse(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
     data.set_cache_dir(o.cache_dir)
-    if world > 1:
-        # torch chooses kernels by timing and keeps the choice on the disk. Each rank has its own: another
-        # rank's, found after a growth, may round differently. (Read when torch._dynamo is first imported.)
-        kernels = data.cache_dir() / f"kernels-{os.environ['RANK']}"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
     check(o, world)
-    if world > 1:
+    # Compiled kernels are kept where a restart finds them, not in the folder for temporary files. torch
+    # chooses some by timing: another rank's choice, found after a growth, may round differently.
+    kernels = data.cache_dir() / f"kernels-{os.environ.get('RANK', 0)}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
+    if world > 1:  # signals and sums of evaluations pass between CPUs, and only gradients between GPUs
         cuda = o.device in ("auto", "cuda") and torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         if o.init == f"{PRETRAINED}/model":
             pretrain(o, world)

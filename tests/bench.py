@@ -39,7 +39,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from openai_format import write_openai_checkpoint  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import data  # noqa: E402
 import eval as ev  # noqa: E402
@@ -53,7 +52,6 @@ TITLES = {
     "2": "the first step after a growth, in usual steps",
     "3": "distillation on the training batch, 15 blocks: teacher none, sharing the lower blocks, separate",
     "4": "full training at 1,024 tokens, by rows of a batch",
-    "5": "from a folder to a model on the device, every weight read once, files in the page cache",
     "6": "the whole card: first with cold kernels and without tokens, then with both",
     "7": "the mixture of two versions by placement, the head in float32, the dial",
 }
@@ -108,9 +106,7 @@ def peak_memory():
 def take_turns(row, group, until, notes):
     """A dict of figures for each variant of the group that could run; of the others, a note."""
     units, builders = groups(row)[group]
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # forked where these are imported, and nothing else is done
+    context = multiprocessing.get_context("forkserver")  # forked where these are imported, and nothing done
     context.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"])
     found = {name: {"variant": name, "all_ms": []} for name in builders}
     with contextlib.ExitStack() as stack:
@@ -129,10 +125,8 @@ def take_turns(row, group, until, notes):
         for turn in range(1 if row == "6" else ARGS.rounds):
             for name, r in list(found.items()):
                 if turn == 0 or time.perf_counter() < until:
-                    took, r["peak_gb"] = ask(name, 10 if DEVICE.type == "cuda" and row != "6" else 1) or (
-                        0,
-                        0,
-                    )
+                    repeat = 10 if DEVICE.type == "cuda" and row != "6" else 1
+                    took, r["peak_gb"] = ask(name, repeat) or (0, 0)
                     r["all_ms"].append(1000 * took)
     results = list(found.values())
     for r in results:
@@ -168,8 +162,8 @@ def grow_once(model, growth, where="upper"):
     grow.freeze(model, "base")
 
 
-def ours(o, growths, compiled="", teacher="none", steps_between=0):
-    """train.py's step after so many growths. compiled: "each block", as there, or "whole network"."""
+def ours(o, growths, compiled=False, teacher="none", steps_between=0):
+    """train.py's step after so many growths."""
     ev.keep_freed_memory()
     model, optimizer = copy.deepcopy(base()).to(DEVICE), None
     objective = grow.Objective(model, temperature=o.kd_temperature)
@@ -187,8 +181,6 @@ def ours(o, growths, compiled="", teacher="none", steps_between=0):
         step.optimizer.zero_grad(set_to_none=True)
 
     step.batches = random_batches(o)
-    if compiled == "whole network":
-        objective.compile(dynamic=False)
     for growth in range(growths + 1):
         for _ in range(steps_between if growth else 0):
             step()
@@ -197,7 +189,7 @@ def ours(o, growths, compiled="", teacher="none", steps_between=0):
         if growth == growths and teacher != "none":
             separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False)
             objective.teacher = separate if teacher == "separate" else grow.original(model)
-        if compiled == "each block":
+        if compiled:
             grow.compile_objective(objective)
         step.optimizer = optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, optimizer)
     return step
@@ -230,27 +222,10 @@ def replayed(o, growths, compiled):
     return step
 
 
-def products(o, growths):
-    """The matrix products of our step's linear layers and head, one after the other, and nothing else."""
-    factors, step = [], ours(o, growths)
-
-    class Remember(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-                factors.append(args[-2:])
-            return function(*args, **(kwargs or {}))
-
-    with Remember():
-        step()
-    return lambda: [torch.mm(a, b) for a, b in factors]
-
-
-def theirs(o, growths, compiled="", keep_memory=False):
-    """The plain loop of a user of transformers; also with the one memory setting that ours runs under."""
+def theirs(o, growths, compiled=False):
+    """The plain loop of a user of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    if keep_memory:
-        ev.keep_freed_memory()
     like = copy.deepcopy(base())
     for growth in range(growths):
         grow_once(like, growth)
@@ -283,19 +258,6 @@ def theirs(o, growths, compiled="", keep_memory=False):
     return step
 
 
-def load(who, what):
-    folder, loader = f"{ARGS.folder}/{who}-{what}", GPT.from_pretrained
-    if what == "openai":
-        write_openai_checkpoint(folder, base())
-    else:
-        base().save_pretrained(folder)
-    if who == "transformers":
-        from transformers import GPT2LMHeadModel
-
-        loader = functools.partial(GPT2LMHeadModel.from_pretrained, dtype=torch.float32)
-    return lambda: sum(p.sum() for p in loader(folder).to(DEVICE).parameters()).item()
-
-
 def whole_card():
     """A run of train.py, on texts as large as WikiText-2 and WebText, with random weights if OpenAI's are not
     in the cache. The tokenizer's files come from TIKTOKEN_CACHE_DIR, as always."""
@@ -319,9 +281,7 @@ def whole_card():
         run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
         assert run.returncode == 0, run.stderr.strip().splitlines()[-1]
         result = ev.read_run(out)["result"]
-        print(
-            f"  {out}: {result['train_seconds']:.1f} s of steps, {result['seconds']:.1f} s until its tables"
-        )
+        print(f"  {out}: {result['train_seconds']:.1f} s of steps, {result['seconds']:.1f} s in all")
 
     return step
 
@@ -362,7 +322,7 @@ def groups(row):
     """[(units of a step: tokens, windows ..., {variant: its builder})]: the variants of each take turns."""
     o, P, cuda, quick = options(), functools.partial, DEVICE.type == "cuda", ARGS.quick
     tokens, growths = o.batch_size * o.block_size, range(GROWTHS + 1)
-    ways = {"": "", ", compiled": "each block"} if ARGS.can_compile and not quick else {"": ""}
+    ways = {"": False, ", compiled": True} if ARGS.can_compile and not quick else {"": False}
     assert cuda or row not in ("1d", "4", "6") or (quick and row != "1d"), "it needs CUDA"
     assert ARGS.can_compile or row != "2", "it needs a compiler"
     if row == "1":
@@ -370,19 +330,14 @@ def groups(row):
         for n in growths[-1:] if quick else growths:
             name, both = f"{SHAPE.n_layer + n} blocks, ", {"transformers": theirs, "ours": ours}
             group = {f"{name}{k}{w}": P(f, o, n, ways[w]) for w in ways for k, f in both.items()}
-            group[f"{name}transformers, memory kept"] = P(theirs, o, n, keep_memory=True)
-            group[f"{name}products alone"] = P(products, o, n)
             found.append((tokens, group))
         return found
     if row == "1d":
         kinds = {"launched": ours, "replayed": replayed}
         return [(tokens, {k + w: P(f, o, GROWTHS, ways[w]) for w in ways for k, f in kinds.items()})]
     if row == "2":
-        step, events = P(ours, o, steps_between=2), growths[:2] if quick else growths
-        return [
-            (tokens, {f"{what} compiled, growth {n}": P(step, n, what) for n in events})
-            for what in ("each block", "whole network")[: 1 if quick else 2]
-        ]
+        step, events = P(ours, o, compiled=True, steps_between=2), growths[:2] if quick else growths
+        return [(tokens, {f"compiled, growth {n}": P(step, n) for n in events})]
     if row == "3":
         step, teachers = P(ours, options(kd_weight=1.0), GROWTHS), ("none", "shared", "separate")
         return [(tokens, {t + w: P(step, ways[w], teacher=t) for t in teachers}) for w in ways]
@@ -392,9 +347,6 @@ def groups(row):
             o = options(dtype="bfloat16", block_size=SHAPE.block_size, batch_size=B)
             found.append((B * o.block_size, {f"{k}{w}, {B} rows": P(f, o, 0, ways[w])}))
         return found
-    if row == "5":
-        cases = [("transformers", "huggingface"), ("ours", "huggingface"), ("ours", "openai")]
-        return [(1, {f"{who}, {what} format": P(load, who, what) for who, what in cases})]
     if row == "6":
         return [(1, {"python train.py": whole_card})]
     n, places = 4 if quick else 8, ("top", "upper", "spread")  # windows or new tokens

@@ -15,21 +15,15 @@ CUDA_ONLY = ["1d"]
 def folder(tmp_path_factory):
     """What two calls leave in one folder."""
     out = tmp_path_factory.mktemp("bench")
-    for rows in ("5", "1,1d,2,3,4,6,7"):
-        command = [
-            sys.executable,
-            "tests/bench.py",
-            "--quick",
-            "--device=cpu",
-            f"--rows={rows}",
-            f"--out={out}",
-        ]
+    for rows in ("3", "1,1d,2,4,6,7"):
+        words = ["--quick", "--device=cpu", f"--rows={rows}", f"--out={out}"]
+        command = [sys.executable, "tests/bench.py", *words]
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=300)
         assert run.returncode == 0, run.stderr
     return out
 
 
-@pytest.mark.parametrize("row", ["1", "2", "3", "4", "5", "6", "7"])
+@pytest.mark.parametrize("row", list("123467"))
 def test_a_row_has_figures(folder, row):
     (path,) = folder.glob(f"row-{row}-*.json")
     kept = json.loads(path.read_text())
@@ -46,5 +40,5 @@ def test_a_row_that_cannot_run_is_a_note(folder, row):
 
 def test_the_report_has_the_rows_of_both_calls(folder):
     text = (folder / "bench.md").read_text()
-    for row in ["1", "2", "3", "4", "5", "6", "7", *CUDA_ONLY]:
+    for row in [*"123467", *CUDA_ONLY]:
         assert text.count(f"## Row {row}: ") == 1
