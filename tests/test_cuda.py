@@ -49,6 +49,31 @@ def test_what_keeps_the_old_text(text, tmp_path, device):
     assert steps[-1]["kd"] > 0 and steps[-1]["ewc"] > 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_base_is_loaded_again_only_where_memory_is_scarce(text, tmp_path, device, monkeypatch):
+    """Beside a GPU the host keeps the network that a run began with; what it is compared with is the same."""
+    loads, load = [], train.start_model
+    monkeypatch.setattr(train, "start_model", lambda o: loads.append(1) or load(o))
+    train.main(words(text, tmp_path / "run", device=device))
+    assert len(loads) == (2 if device == "cpu" else 1)
+    result = ev.read_run(tmp_path / "run")["result"]
+    assert result["learn"]["base"] > result["learn"]["grown"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_versions_predict_together(text, tmp_path, device):
+    """Measured, and sampled: the weights live on the CPU, in float64, whatever the device."""
+    torch.manual_seed(0)
+    GPT(GPTConfig(data.BYTES, 16, 2, 16, (0, 0))).save_pretrained(tmp_path / "net")
+    start = dict(init=tmp_path / "net", first_growth=0, **dict.fromkeys(("n_layer", "n_head", "n_embd")))
+    train.main(words(text, tmp_path / "run", device=device, **start, tokenizer=None, block_size=16))
+    result = ev.read_run(tmp_path / "run")["result"]
+    best = min(result["learn"]["base"], result["learn"]["grown"])
+    assert len(result["versions"]) == 2 and result["learn"]["mixed"] <= best + math.log(2) / 15
+    ev.main([str(tmp_path / "run"), "--prompt=k", "--max_new_tokens=20", f"--device={device}"])
+    ev.main([str(tmp_path / "run"), f"--dataset={text}", f"--device={device}", "--share=0.01"])
+
+
 @needs_cuda
 def test_cuda_computes_what_the_cpu_computes():
     """Loss, divergence, gradients and greedy samples; the products are in TF32 there."""
