@@ -138,8 +138,8 @@ def run(method, o):
         model.save_pretrained(out / "model")
     header = {"kind": "header", "command": " ".join(["python", *sys.argv]), "config": asdict(o)}
     size = sum(p.numel() for p in base.parameters()) + (trainable if method != "full" else 0)
-    result |= {"kind": "result", "trainable": trainable, "flops": flops, "parameters": size,
-               "tokens": o.max_steps * o.batch_size * o.block_size,
+    result |= {"kind": "result", "versions": [0], "learned": [o.dataset], "trainable": trainable,
+               "flops": flops, "parameters": size, "tokens": o.max_steps * o.batch_size * o.block_size,
                "seconds": time.perf_counter() - began}  # fmt: skip
     data.write_jsonl(out / "metrics.jsonl", [header, *evals, result], "w")
 
