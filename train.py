@@ -3,7 +3,7 @@
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
     python train.py demo            the same program on embedded text: no network, three minutes on a CPU
     python train.py keep            the card's task, and what it was is still inside at the end
-    python train.py replay          the card's task, with what the study found best where old text is at hand
+    python train.py replay          the same, with old text at hand: a quarter of each batch is replayed
     python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
     torchrun --standalone --nproc_per_node=2 train.py demo      several processes, the same global batch
@@ -139,7 +139,7 @@ PRESETS = {
         eval_windows=100, test_windows=400, dtype="float32",
     ),
     "keep": dict(first_growth=0),
-    "replay": dict(freeze="none", replay=0.25),
+    "replay": dict(first_growth=0, replay=0.25),
 }
 # What may differ when a run is resumed: it changes at most the rounding of what is computed.
 MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_every", "cache_dir",
