@@ -709,11 +709,12 @@ def main(argv):
     o = parse(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
     data.set_cache_dir(o.cache_dir)
-    check(o, world)
     # Compiled kernels are kept where a restart finds them, not in the folder for temporary files. torch
-    # chooses some by timing: another rank's choice, found after a growth, may round differently.
+    # chooses some by timing: another rank's choice, found after a growth, may round differently. (It reads
+    # this when torch._dynamo is first imported, which the check of the options does.)
     kernels = data.cache_dir() / f"kernels-{os.environ.get('RANK', 0)}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernels))
+    check(o, world)
     if world > 1:  # signals and sums of evaluations pass between CPUs, and only gradients between GPUs
         cuda = o.device in ("auto", "cuda") and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
