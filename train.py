@@ -448,7 +448,7 @@ def train(o):
         cost = grow.count_flops(objective, rows, o.distilled * o.grad_accum, o.block_size)
         return grow.trainable(model), optimizer, ddp, cost
 
-    trains, optimizer, ddp, step_flops = rebuild()
+    params, optimizer, ddp, step_flops = rebuild()
     step, flops, train_seconds, log = 0, 0, 0.0, []
     command = shlex.join(["python", "train.py", *sys.argv[1:]])
     started = {"command": command, "presets": o.presets, "typed": o.typed}
@@ -543,7 +543,9 @@ def train(o):
         last = step == o.max_steps
         stopped_by = stop_signal() if world == 1 or step % o.log_every == 0 else 0
         may_grow = len(events) < o.max_growths and o.starts_growing <= step < o.max_steps
-        due = may_grow and o.trigger == "schedule" and grow.scheduled(step, o.starts_growing, o.grow_every)
+        due = may_grow and step == o.first_growth == 0  # whatever the trigger, or the originals would train
+        if may_grow and o.trigger == "schedule":
+            due = due or grow.scheduled(step, o.starts_growing, o.grow_every)
         measures = last or due or step % o.eval_every == 0
         saves = last or stopped_by or step % o.save_every == 0
 
@@ -582,7 +584,7 @@ def train(o):
             grown_at = events[-1]["step"] if events else 0
             # Only evaluations on schedule: a run resumed past its old end grows where another would.
             history = [(e["step"], e["learn"]) for e in evals if e["step"] % o.eval_every == 0]
-            due = grow.plateau(history, o.patience, o.min_delta, grown_at) or step == o.first_growth == 0
+            due = due or grow.plateau(history, o.patience, o.min_delta, grown_at)
         if due and not (events and events[-1]["step"] == step):
             before, layers, size = evals[-1], model.config.n_layer, sizes()["parameters"]
             expected = probe_logits()
@@ -595,7 +597,7 @@ def train(o):
                 raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
             if compiles:
                 grow.compile_objective(objective)
-            trains, optimizer, ddp, step_flops = rebuild(optimizer)
+            params, optimizer, ddp, step_flops = rebuild(optimizer)
             after, now, depth = measure(), sizes(), model.config.n_layer
             added = now["parameters"] - size
             events.append(record(
@@ -644,7 +646,7 @@ def train(o):
                     loss, losses[2] = loss + o.ewc_lambda * penalty, penalty.detach()
                 scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        losses[3] = nn.utils.clip_grad_norm_(trains, o.grad_clip or math.inf)
+        losses[3] = nn.utils.clip_grad_norm_(params, o.grad_clip or math.inf)
         total += losses[:3].sum()
         scaler.step(optimizer)
         scaler.update()
@@ -660,12 +662,10 @@ def train(o):
         return 128 + stopped_by
     kept = o.originals_never_train and o.init != "scratch"
     base = grow.original(model) if kept else teacher or (untouched or start_model(o)).to(device)
-    if untouched is None:
-        sha256 = data.sha256(p.detach().cpu().numpy() for p in base.parameters())
-        if sha256 != init_sha256 and kept:
+    if untouched is None and data.sha256(p.detach().cpu().numpy() for p in base.parameters()) != init_sha256:
+        if kept:
             raise RuntimeError("an original changed, and none may train from step 0 on")
-        if sha256 != init_sha256:
-            raise UserError(f"{o.init} has changed since the run started: restore it and --resume")
+        raise UserError(f"{o.init} has changed since the run started: restore it and --resume")
     # From here on the network is finished: a version itself, beside those that are in it as they were.
     versions = (*(model.config.versions if kept else ()), max(model.config.generation))
     learned = [*(ev.texts_learned(o.init, o.retain) if kept else ()), o.dataset]
