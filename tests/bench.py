@@ -6,19 +6,15 @@
     python tests/bench.py --profile="demo --seed=1"    where the time of a run of train.py goes
 
 Ours are train.py's own parts, called as train.py calls them; theirs is GPT2LMHeadModel grown and frozen the
-same way, in the plain loop its users write. Weights are random, of GPT-2 124M's shape; where both are timed
-they hold the same numbers, and their logits are compared first. Each variant lives in a process of its own,
-so that neither its allocator nor its compiler knows of the others, and all of a group take turns, so that
-whatever else the machine does meets all of them; a figure is the median over rounds. The first step, which
-compiles, is told apart and starts with an empty compiler cache. What cannot be measured is a note under the
-table. A row takes at most about ten minutes: when time runs out it gets fewer rounds."""
+same way, in the plain loop its users write. Both have the same random weights, of GPT-2 124M's shape; their
+logits are compared first. Each variant lives in a process of its own, with its own allocator and compiler,
+and all of a group take turns, so that whatever else the machine does meets all. A figure is the median over
+rounds; the first step, which compiles with an empty cache, is told apart. A row takes at most about ten
+minutes: when time runs out it gets fewer rounds. What cannot be measured is a note."""
 
 import argparse
-import contextlib
 import copy
 import functools
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -31,6 +27,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from openai_format import write_openai_checkpoint  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 import data  # noqa: E402
 import eval as ev  # noqa: E402
@@ -57,7 +55,6 @@ TITLES = {
 }
 GROWTHS = 3
 TOKENS = np.random.default_rng(0).integers(0, 1001, 2_000_000).astype(np.uint16)
-ROW_SECONDS = 480  # then no further round begins
 ARGS = DEVICE = SHAPE = None  # set by `settle`
 STEP = BEFORE = None  # of the variant that lives in this process, and GB in use before it was built
 
@@ -70,9 +67,7 @@ def settle(args, device, shape):
     torch._dynamo.config.recompile_limit = 64  # like the next, what train.py sets
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    if args.quick:
-        torch.set_num_threads(1)
-    else:
+    if not args.quick:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=args.folder)
 
 
@@ -108,29 +103,24 @@ def take_turns(row, group, until, notes):
     units, builders = groups(row)[group]
     context = multiprocessing.get_context("forkserver")  # forked where these are imported, and nothing done
     context.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"])
-    found = {name: {"variant": name, "all_ms": []} for name in builders}
-    with contextlib.ExitStack() as stack:
-        own = [ProcessPoolExecutor(1, context, settle, (ARGS, DEVICE, SHAPE)) for _ in builders]
-        processes = {name: stack.enter_context(process) for name, process in zip(builders, own)}
-
-        def ask(name, repeat):
-            try:
-                return processes[name].submit(seconds, row, group, name, repeat).result()
-            except Exception as e:  # or its process died
-                notes.append(f"{name}: {e}")
-                found.pop(name)
-
+    processes = {name: ProcessPoolExecutor(1, context, settle, (ARGS, DEVICE, SHAPE)) for name in builders}
+    found = {name: {"variant": name, "seconds": []} for name in builders}
+    for turn in range(2 if row == "6" else 1 + ARGS.rounds):  # the first compiles
+        repeat = 10 if turn and DEVICE.type == "cuda" and row != "6" else 1
         for name, r in list(found.items()):
-            r["first_s"], _ = ask(name, 1) or (None, None)
-        for turn in range(1 if row == "6" else ARGS.rounds):
-            for name, r in list(found.items()):
-                if turn == 0 or time.perf_counter() < until:
-                    repeat = 10 if DEVICE.type == "cuda" and row != "6" else 1
-                    took, r["peak_gb"] = ask(name, repeat) or (0, 0)
-                    r["all_ms"].append(1000 * took)
+            if turn < 2 or time.perf_counter() < until:
+                try:
+                    took, r["peak_gb"] = processes[name].submit(seconds, row, group, name, repeat).result()
+                    r["seconds"].append(took)
+                except Exception as e:  # or its process died
+                    notes.append(f"not measured: {name}: {e}")
+                    del found[name]
+    for process in processes.values():
+        process.shutdown()
     results = list(found.values())
     for r in results:
-        r |= {"ms": float(np.median(r["all_ms"])), "fastest_ms": min(r["all_ms"])}
+        r["first_s"], *later = r.pop("seconds")
+        r |= {"ms": 1000 * float(np.median(later)), "rounds": len(later)}
         r |= {"units_s": 1000 * units / r["ms"], "times": results[0]["ms"] / r["ms"]}
     return results
 
@@ -139,16 +129,13 @@ def take_turns(row, group, until, notes):
 
 
 def options(**more):
+    """train.py's options, and what its loop makes of them: autocast, and a step's micro-batches."""
     o = train.Options(**{"device": DEVICE.type, "dtype": ARGS.dtype, "block_size": ARGS.block_size, **more})
     dtype = getattr(torch, o.dtype)
     o.autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
-    return o
-
-
-def random_batches(o):
-    """A function that returns the next step's micro-batches, made as train.py makes them."""
     counter, texts = itertools.count(), {"learn": {"train": TOKENS}, "retain": None}
-    return lambda: train.micro_batches(o, texts, None, next(counter), DEVICE)
+    o.batches = lambda: train.micro_batches(o, texts, None, next(counter), DEVICE)
+    return o
 
 
 @functools.cache
@@ -162,6 +149,13 @@ def grow_once(model, growth, where="upper"):
     grow.freeze(model, "base")
 
 
+def grown_base(growths, where="upper"):
+    model = copy.deepcopy(base())
+    for growth in range(growths):
+        grow_once(model, growth, where)
+    return model
+
+
 def ours(o, growths, compiled=False, teacher="none", steps_between=0):
     """train.py's step after so many growths."""
     ev.keep_freed_memory()
@@ -170,7 +164,7 @@ def ours(o, growths, compiled=False, teacher="none", steps_between=0):
 
     def step():
         losses = torch.zeros(2, device=DEVICE)
-        for x, y in step.batches():
+        for x, y in o.batches():
             with o.autocast:
                 nll, kd = objective(x, y)
             loss = (nll + o.kd_weight * kd) / o.grad_accum
@@ -180,7 +174,6 @@ def ours(o, growths, compiled=False, teacher="none", steps_between=0):
         step.optimizer.step()
         step.optimizer.zero_grad(set_to_none=True)
 
-    step.batches = random_batches(o)
     for growth in range(growths + 1):
         for _ in range(steps_between if growth else 0):
             step()
@@ -200,9 +193,9 @@ def replayed(o, growths, compiled):
     whole_step = ours(o, growths, compiled)
     for group in whole_step.optimizer.param_groups:
         group["capturable"] = True
-    batches = whole_step.batches
+    batches = o.batches
     ((x, y),) = batches()  # where every replay finds its batch
-    whole_step.batches = lambda: [(x, y)]
+    o.batches = lambda: [(x, y)]
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -226,28 +219,23 @@ def theirs(o, growths, compiled=False):
     """The plain loop of a user of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    like = copy.deepcopy(base())
-    for growth in range(growths):
-        grow_once(like, growth)
-    names = dict(vocab_size=SHAPE.vocab_size, n_positions=SHAPE.block_size, n_embd=SHAPE.n_embd)
-    names |= dict(n_head=SHAPE.n_head, n_layer=like.config.n_layer, use_cache=False)
-    names |= dict(bos_token_id=SHAPE.vocab_size - 1, eos_token_id=SHAPE.vocab_size - 1)
-    model = GPT2LMHeadModel(GPT2Config(**names, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    like = grown_base(growths)
+    sizes = dict(vocab_size=SHAPE.vocab_size, n_positions=SHAPE.block_size, n_embd=SHAPE.n_embd)
+    sizes |= dict(n_head=SHAPE.n_head, n_layer=like.config.n_layer, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False)).eval()  # no dropout
     for name, p in like.named_parameters():
         their_p = model.transformer.get_parameter(name)
         their_p.data.copy_(p.t() if is_linear(name) else p)
         their_p.requires_grad_(p.requires_grad)
     x = torch.arange(64)[None]
-    with torch.no_grad():
-        difference = (model(x).logits - like(x)[0]).abs().max().item()
-    assert difference < 1e-2, f"ours and theirs do not compute the same: {difference}"
-    model, batches = model.to(DEVICE).train(), random_batches(o)
+    torch.testing.assert_close(model(x).logits, like(x)[0], atol=1e-2, rtol=0.0)
+    model.to(DEVICE)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=o.lr, weight_decay=o.weight_decay)
     forward = torch.compile(model) if compiled else model
 
     def step():
-        for x, _ in batches():
+        for x, _ in o.batches():
             with o.autocast:
                 loss = forward(input_ids=x, labels=x).loss
             loss.backward()
@@ -261,14 +249,12 @@ def theirs(o, growths, compiled=False):
 def whole_card():
     """A run of train.py, on texts as large as WikiText-2 and WebText, with random weights if OpenAI's are not
     in the cache. The tokenizer's files come from TIKTOKEN_CACHE_DIR, as always."""
-    folder, init = ARGS.folder, data.cache_dir() / "gpt2-124M"
-    if ARGS.quick:
-        init = write_openai_checkpoint(folder / "init", GPT(GPTConfig(data.BYTES, 64, 2, 32, (0,) * 2)))
-    elif not ((init / DATA).exists() and (init / INDEX).exists()):
-        init = write_openai_checkpoint(folder / "init", base())
-    size = 1e5 if ARGS.quick else 12e6
-    (folder / "new.txt").write_text((data.code()["train"] * 99)[: int(size)], "utf-8")
-    (folder / "old.txt").write_text((data.docs()["train"] * 99)[: int(2.25 * size)], "utf-8")
+    folder, init, size = ARGS.folder, data.cache_dir() / "gpt2-124M", 100_000 if ARGS.quick else 12_000_000
+    if ARGS.quick or not ((init / DATA).exists() and (init / INDEX).exists()):
+        tiny = GPTConfig(data.BYTES, 64, 2, 32, (0,) * 2)
+        init = write_openai_checkpoint(folder / "init", GPT(tiny) if ARGS.quick else base())
+    (folder / "new.txt").write_text((data.code()["train"] * 99)[:size], "utf-8")
+    (folder / "old.txt").write_text((data.docs()["train"] * 99)[: size * 9 // 4], "utf-8")
     command = f"{sys.executable} train.py --init={init} --dataset={folder}/new.txt --retain={folder}/old.txt"
     command += f" --device={DEVICE.type} --cache_dir={folder}/cache"
     if ARGS.quick:
@@ -277,21 +263,19 @@ def whole_card():
 
     def step():
         out = f"{folder}/run-{next(runs)}"
-        words = [*shlex.split(command), f"--out={out}"]
+        words = shlex.split(f"{command} --out={out}")
         run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
         assert run.returncode == 0, run.stderr.strip().splitlines()[-1]
-        result = ev.read_run(out)["result"]
-        print(f"  {out}: {result['train_seconds']:.1f} s of steps, {result['seconds']:.1f} s in all")
+        print(ev.report(ev.read_run(out)))
 
     return step
 
 
-def mixture(what, where="upper", n=1):
+def mixture(what, n):
     """Row 7's: by a finished network and the one that it was before three blocks were put in."""
     ev.keep_freed_memory()
-    o, model = options(), copy.deepcopy(base()).to(DEVICE).eval()
-    for growth in range(GROWTHS):
-        grow_once(model, growth, where)
+    where = what.removeprefix("mixed evaluation ") if what.startswith("mixed") else "upper"
+    o, model = options(), grown_base(GROWTHS, where).to(DEVICE).eval()
     model.config.versions = (0, GROWTHS)
     nets = [grow.version(model, g) for g in model.config.versions]
     text = TOKENS, o.block_size, o.batch_size, n  # windows
@@ -299,20 +283,14 @@ def mixture(what, where="upper", n=1):
     hidden = torch.randn(o.batch_size, o.block_size, SHAPE.n_embd, device=DEVICE)  # (B, T, C)
     do = {
         "evaluation": lambda: ev.evaluate(model, *text),
-        "mixed evaluation": lambda: ev.evaluate_together(nets, *text),
-        "sampling, cached": lambda: model.generate(ids, n, 0.8, 50),
-        "mixed sampling": lambda: model.generate(ids, n, 0.8, 50, next_logits=ev.mixed_prediction(nets)),
+        f"mixed evaluation {where}": lambda: ev.evaluate_together(nets, *text),
+        "sampling cached": lambda: model.generate(ids, n, 0.8, 50),
+        "sampling mixed": lambda: model.generate(ids, n, 0.8, 50, next_logits=ev.mixed_prediction(nets)),
         "head as the blocks": lambda: model.head(hidden).float(),
-        "head in float32": lambda: ev.logits(model, hidden),
+        "head float32": lambda: ev.logits(model, hidden),
         "scale_grown": lambda: grow.scale_grown(model, 1.0),
     }[what]
-
-    @torch.no_grad()
-    def step():
-        with o.autocast:
-            do()
-
-    return step
+    return torch.no_grad()(o.autocast(do))
 
 
 # ----- Rows -----
@@ -321,53 +299,49 @@ def mixture(what, where="upper", n=1):
 def groups(row):
     """[(units of a step: tokens, windows ..., {variant: its builder})]: the variants of each take turns."""
     o, P, cuda, quick = options(), functools.partial, DEVICE.type == "cuda", ARGS.quick
-    tokens, growths = o.batch_size * o.block_size, range(GROWTHS + 1)
+    tokens, both = o.batch_size * o.block_size, {"transformers": theirs, "ours": ours}
     ways = {"": False, ", compiled": True} if ARGS.can_compile and not quick else {"": False}
+
+    def each_way(name, builders, *args):
+        return {f"{name}{k}{w}": P(f, *args, way) for w, way in ways.items() for k, f in builders.items()}
+
     assert cuda or row not in ("1d", "4", "6") or (quick and row != "1d"), "it needs CUDA"
-    assert ARGS.can_compile or row != "2", "it needs a compiler"
     if row == "1":
-        found = []
-        for n in growths[-1:] if quick else growths:
-            name, both = f"{SHAPE.n_layer + n} blocks, ", {"transformers": theirs, "ours": ours}
-            group = {f"{name}{k}{w}": P(f, o, n, ways[w]) for w in ways for k, f in both.items()}
-            found.append((tokens, group))
-        return found
+        growths = range(GROWTHS if quick else 0, GROWTHS + 1)
+        return [(tokens, each_way(f"{SHAPE.n_layer + n} blocks, ", both, o, n)) for n in growths]
     if row == "1d":
-        kinds = {"launched": ours, "replayed": replayed}
-        return [(tokens, {k + w: P(f, o, GROWTHS, ways[w]) for w in ways for k, f in kinds.items()})]
+        return [(tokens, each_way("", {"launched": ours, "replayed": replayed}, o, GROWTHS))]
     if row == "2":
-        step, events = P(ours, o, compiled=True, steps_between=2), growths[:2] if quick else growths
-        return [(tokens, {f"compiled, growth {n}": P(step, n) for n in events})]
+        step = P(ours, o, compiled=True, steps_between=2)
+        return [(tokens, {f"growth {n}": P(step, n) for n in range(2 if quick else GROWTHS + 1)})]
     if row == "3":
         step, teachers = P(ours, options(kd_weight=1.0), GROWTHS), ("none", "shared", "separate")
         return [(tokens, {t + w: P(step, ways[w], teacher=t) for t in teachers}) for w in ways]
     if row == "4":
-        found, kinds = [], {"transformers": theirs, "ours": ours}
-        for w, (k, f), B in itertools.product(ways, kinds.items(), (1,) if quick else (64, 32, 16)):
+        found = []
+        for B in (1,) if quick else (64, 32, 16):
             o = options(dtype="bfloat16", block_size=SHAPE.block_size, batch_size=B)
-            found.append((B * o.block_size, {f"{k}{w}, {B} rows": P(f, o, 0, ways[w])}))
+            variants = each_way(f"{B} rows, ", both, o, 0)  # one after the other: two may not fit
+            found += [(B * o.block_size, {name: build}) for name, build in variants.items()]
         return found
     if row == "6":
         return [(1, {"python train.py": whole_card})]
-    n, places = 4 if quick else 8, ("top", "upper", "spread")  # windows or new tokens
-    mixed = {f"mixed evaluation, {where}": P(mixture, "mixed evaluation", where, n) for where in places}
-    samplings = {what: P(mixture, what, n=n) for what in ("sampling, cached", "mixed sampling")}
-    heads = {what: P(mixture, what) for what in ("head as the blocks", "head in float32")}
-    scaling = {"scale_grown": P(mixture, "scale_grown")}
-    evaluations = {"evaluation": P(mixture, "evaluation", n=n), **mixed}
-    return [(n, evaluations), (n, samplings), (tokens, heads), (1, scaling)]
+    n = 4 if quick else 8  # windows or new tokens
+    mixed = [f"mixed evaluation {where}" for where in ("top", "upper", "spread")]
+    samplings, heads = ["sampling cached", "sampling mixed"], ["head as the blocks", "head float32"]
+    parts = [(n, ["evaluation", *mixed]), (n, samplings), (tokens, heads), (1, ["scale_grown"])]
+    return [(units, {name: P(mixture, name, n) for name in names}) for units, names in parts]
 
 
 def measure(row, out):
     """Write the row into its file, unless that has figures and now there are none; then bench.md from all."""
     began, results, notes = time.perf_counter(), [], []
     try:
-        count = len(groups(row))
-        for k in range(count):
-            results += take_turns(row, k, began + ROW_SECONDS * (k + 1) / count, notes)
+        for k in range(count := len(groups(row))):
+            until = began + 480 * (k + 1) / count  # then no further round begins
+            results += take_turns(row, k, until, notes)
     except Exception as e:  # a row that cannot run must not cost the others their figures
-        notes.append(str(e))
-    notes = [f"not measured: {note}" for note in notes]
+        notes.append(f"not measured: {e}")
     if ARGS.quick:
         notes.append("--quick: these figures say only that the program works")
     notes.append(f"{machine()}; {ARGS.dtype}; {time.perf_counter() - began:.0f} s for this row")
@@ -377,15 +351,15 @@ def measure(row, out):
         path.write_text(json.dumps(kept, indent=1))
     texts = [as_text(json.loads(path.read_text())) for path in sorted(out.glob("row-*.json"))]
     (out / "bench.md").write_text("\n".join(texts))
-    print(f"\n{as_text(kept)}", flush=True)
+    print(f"\n{as_text(kept)}\n{out}/bench.md has all rows of this folder", flush=True)
 
 
 def as_text(row):
     table = [
-        [("variant", r["variant"], ""), ("ms a step", r["ms"], ".1f"), ("fastest", r["fastest_ms"], ".1f"),
+        [("variant", r["variant"], ""), ("ms a step", r["ms"], ".1f"), ("rounds", r["rounds"], ""),
          ("times the first's speed", r["times"], ".2f"), ("units a second", r["units_s"], ",.1f"),
          ("first step, s", r["first_s"], ".2f"), ("in steps", 1000 * r["first_s"] / r["ms"], ".1f"),
-         ("peak, GB", r["peak_gb"], ".2f"), ("rounds", len(r["all_ms"]), "")]
+         ("peak, GB", r["peak_gb"], ".2f")]
         for r in row["results"]
     ]  # fmt: skip
     notes = "\n".join(f"- {note}" for note in row["notes"])
@@ -394,27 +368,18 @@ def as_text(row):
 
 def machine():
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
-    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    if importlib.util.find_spec("transformers"):
-        versions.append(f"transformers {importlib.metadata.version('transformers')}")
+    there = packages_distributions().keys() & {"torch", "transformers"}
+    versions = ", ".join(f"{name} {version(name)}" for name in sorted(there))
     said = f"{time.strftime('%Y-%m-%d')}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    return f"{said}; {', '.join(versions)}"
+    return f"{said}; python {platform.python_version()}, {versions}"
 
 
 def profile(words, out):
     """`python train.py WORDS` with a trace of its steps 5 to 14 (of the base's, if the demo has none)."""
-    micro_batches = train.micro_batches
-    # Five: the set-up and steps 0 to 3. A step begins where its batches are made.
-    ten = torch.profiler.schedule(wait=5, warmup=1, active=10, repeat=1)
+    ten = torch.profiler.schedule(wait=4, warmup=1, active=10, repeat=1)
     with torch.profiler.profile(schedule=ten) as profiler:
-
-        def next_step(*args):
-            profiler.step()
-            return micro_batches(*args)
-
-        train.micro_batches = next_step
+        register_optimizer_step_post_hook(lambda *_: profiler.step())
         train.main(words)
-    out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(f"{out}/trace.json")
     where = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=where, row_limit=8, max_name_column_width=60))
@@ -432,6 +397,7 @@ def main():
     p.add_argument("--profile", metavar="WORDS", help="trace ten steps of `python train.py WORDS` instead")
     args = p.parse_args()
     out, rows = Path(args.out), args.rows.split(",")
+    out.mkdir(parents=True, exist_ok=True)
     if args.profile is not None:
         return profile(shlex.split(args.profile), out)
     if not TITLES.keys() >= set(rows):
@@ -443,13 +409,11 @@ def main():
     args.can_compile, _ = ev.choose_compile("1", device)
     args.rounds = args.rounds or (1 if args.quick else 10 if device.type == "cuda" else 5)
     args.block_size, shape = (32, GPTConfig(1001, 64, 4, 64, (0,) * 4)) if args.quick else (128, GPTConfig())
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         args.folder = Path(folder)
         settle(args, device, shape)
         for row in rows:
             measure(row, out)
-    print(f"{out}/bench.md has all rows of this folder")
 
 
 if __name__ == "__main__":
