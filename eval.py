@@ -192,8 +192,11 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0, average="t
     return evaluate_together([model], tokens, block_size, batch_size, windows, average)[0]
 
 
-def evaluate_together(nets, tokens, block_size=None, batch_size=8, windows=0, average="token", share=0.0):
-    """As `evaluate`: [loss of each network ..., loss of their mixture], in one pass over the text."""
+def evaluate_together(
+    nets, tokens, block_size=None, batch_size=8, windows=0, average="token", share=0.0, kl=False
+):
+    """As `evaluate`, in one pass over the text: [loss of each network ..., loss of their mixture], and with
+    `kl` KL(last but one || last), how far the distribution moved, right or wrong."""
     limit = nets[-1].config.block_size
     block_size = block_size or limit
     if not 2 <= block_size <= limit:
@@ -202,8 +205,13 @@ def evaluate_together(nets, tokens, block_size=None, batch_size=8, windows=0, av
         raise UserError("there is nothing to predict in fewer than two tokens")
 
     def measure(x, y):
+        log_q, targets = None, y.clamp(min=0)[..., None]  # (B, T, 1)
         for net, hidden in zip(nets, grow.run_together(nets, x)):
-            yield cross_entropy(logits(net, hidden), y)  # (B, T)
+            log_p = log_q
+            log_q = F.log_softmax(logits(net, hidden), -1)  # (B, T, V)
+            yield -log_q.gather(-1, targets)[..., 0]  # (B, T)
+        if kl:  # row by row: so no more than p, q and the logits that q is made from are ever alive at once
+            yield torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in zip(log_p, log_q)])  # (B, T)
 
     was_training, device = nets[-1].training, nets[-1].wte.weight.device
     for net in nets:
@@ -212,44 +220,26 @@ def evaluate_together(nets, tokens, block_size=None, batch_size=8, windows=0, av
     for net in nets:
         net.train(was_training)
     mixed, *each, predicted = sums  # (windows,) each
+    each.insert(len(nets), mixed)
     if average == "window":
-        return [(nats / predicted).mean().item() for nats in (*each, mixed)]
-    return [(nats.sum() / predicted.sum()).item() for nats in (*each, mixed)]
+        return [(nats / predicted).mean().item() for nats in each]
+    return [(nats.sum() / predicted.sum()).item() for nats in each]
 
 
 def compare(base, grown, tokens, block_size, batch_size=8, windows=0, share=0.0):
-    """In nats per predicted token, and all None where there are no tokens:
-
-    windows         how many there were
-    base, grown     the losses of both networks
-    mixed           that of all versions of `grown` mixed, the last but one being `base`; None if it has one
-    kl              KL(base || grown): how far the distribution moved, right or wrong
-    """
+    """The row of a result: how many windows the text had, the losses of both networks and of all versions of
+    `grown` mixed (the last but one is `base`; None if it has one), and KL(base || grown), in nats per
+    predicted token. All None where there are no tokens."""
+    names = ("windows", "base", "grown", "mixed", "kl")
     if tokens is None:
-        return dict.fromkeys(("windows", "base", "grown", "mixed", "kl"))
+        return dict.fromkeys(names)
     versions = grown.config.versions
     nets = [*(grow.version(grown, g) for g in versions[:-2]), base, grown]
-
-    def measure(x, y):
-        *earlier, below, above = grow.run_together(nets, x)  # (B, T, C) each
-        for net, hidden in zip(nets, earlier):
-            yield cross_entropy(logits(net, hidden), y)  # (B, T)
-        p = F.log_softmax(logits(base, below), -1)  # (B, T, V)
-        q = F.log_softmax(logits(grown, above), -1)
-        targets = y.clamp(min=0)[..., None]  # (B, T, 1)
-        yield from (-log_p.gather(-1, targets)[..., 0] for log_p in (p, q))
-        # Row by row: so no more than p, q and the logits that q is made from are ever alive at once.
-        kl = [F.kl_div(q_row, p_row, log_target=True, reduction="none").sum(-1) for p_row, q_row in zip(p, q)]
-        yield torch.stack(kl)
-
-    for net in nets:
-        net.eval()
-    device = grown.wte.weight.device
-    sums = sum_windows(measure, device, tokens, block_size, batch_size, windows, len(nets), share)
-    predicted = sums[-1].sum()
-    mixed, *_, base_loss, grown_loss, kl = ((total.sum() / predicted).item() for total in sums[:-1])
-    losses = {"base": base_loss, "grown": grown_loss, "mixed": mixed if len(versions) > 1 else None}
-    return {"windows": sums.size(1), **losses, "kl": kl}
+    *_, below, above, mixed, kl = evaluate_together(
+        nets, tokens, block_size, batch_size, windows, share=share, kl=True
+    )
+    count = count_windows(len(tokens), block_size, windows)
+    return dict(zip(names, (count, below, above, mixed if len(versions) > 1 else None, kl)))
 
 
 def block_use(model, tokens, block_size, rows=8):
