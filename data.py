@@ -1,10 +1,10 @@
 """Files, tokens and batches.
 
-Four ideas, in the order of this file. A file from the network is believed only after its size and sha256
-agree with what is written here. A checkpoint is written beside the old one and then renamed, so that one of
-them is always whole. A text is tokenised once, into a file named by the text's sha256. A batch is a pure
-function of (seed, step): a run that resumes has no reader position to restore, and N processes that each
-take their share of the rows see the batch of one."""
+Four ideas, in the order of this file. A file from the network is believed only after its size and, where one
+is published, its sha256 agree with what is written here. A checkpoint is written beside the old one and then
+renamed, so that one of them is always whole. A text is tokenised once, into a file named by the text's
+sha256. A batch is a pure function of (seed, step): a run that resumes has no reader position to restore, and
+N processes that each take their share of the rows see the batch of one."""
 
 import contextlib
 import functools

@@ -1,7 +1,7 @@
 """Measuring: the one loss, what a run learned and kept, its tables, picture and card, samples.
 
     python eval.py out/demo                                      the result tables of a finished run
-    python eval.py out/* --plot=frontier.png                     one table for all runs, and a picture
+    python eval.py out/demo out/full --plot=frontier.png         one table for several runs, and a picture
     python eval.py out/demo --prompt "def main():"               sample from it
     python eval.py out/demo --dataset=docs,code                  a matrix: each version, and all of them mixed
     python eval.py out/demo --version=0 --out=out/before         write a version as an ordinary GPT-2
@@ -39,7 +39,8 @@ from model import GPT, SIZES, cross_entropy
 
 
 def choose_machine(device="auto", dtype="auto"):
-    """(torch.device, torch.dtype, reasons): every choice is said once, with its reason."""
+    """(torch.device, torch.dtype, reasons). Sets what torch and the C library need for the device, and says
+    every choice with its reason."""
     why = why_dtype = "asked for"
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -227,9 +228,9 @@ def evaluate_together(
 
 
 def compare(base, grown, tokens, block_size, batch_size=8, windows=0, share=0.0):
-    """The row of a result: how many windows the text had, the losses of both networks and of all versions of
-    `grown` mixed (the last but one is `base`; None if it has one), and KL(base || grown), in nats per
-    predicted token. All None where there are no tokens."""
+    """A text's part of a result row: its windows, the losses of `base`, of `grown` and of all versions of
+    `grown` mixed (of which `base` is the last but one; None if there is only one), and KL(base || grown), in
+    nats per predicted token. All None where there are no tokens."""
     names = ("windows", "base", "grown", "mixed", "kl")
     if tokens is None:
         return dict.fromkeys(names)
@@ -477,7 +478,10 @@ def model_card(run):
     if start["vocab_size"] == data.BYTES:
         tokenizer, encode = "# a token is a byte", 'list(b"def main():")'
         decode = 'bytes(i for i in ids if i < 256).decode(errors="replace")'
-    versions, mixing = run["result"]["versions"], ""
+    versions, mixing, grew = run["result"]["versions"], "", "No block was inserted."
+    if run["event"]:
+        grew = """While it trained, blocks were inserted, both output projections of each zero: at every
+growth, the logits of a batch of validation windows stayed the same, bit for bit."""
     if len(versions) > 1:
         mixing = f"""transformers loads the last version alone: mixing {versions} needs the program that wrote
 this. """
@@ -489,8 +493,7 @@ pipeline_tag: text-generation
 # Growing GPT: {start["layers"]} -> {run["result"]["layers"]} layers
 A GPT-2 that started from `{c["init"]}` and learned `{c["dataset"]}`, of which \
 {start["tokens"]["learn"]["train"]:,} tokens are for training.
-While it trained, blocks were inserted, both output projections of each zero: at every growth, the logits of a
-batch of validation windows stayed the same, bit for bit.
+{grew}
 
 {report(run)}
 
@@ -594,7 +597,8 @@ def arguments(argv):
     p.add_argument("--block_size", type=int, default=0, help="context in tokens (0: the run's, or model's)")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
-    p.add_argument("--average", choices=["token", "window"], default="token", help="weighed alike")
+    p.add_argument("--average", choices=["token", "window"], default="token",
+                   help="what counts alike: every token, or every window")  # fmt: skip
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
     p.add_argument("--version", type=int, help="this version of the model alone, as in its config.json")
     p.add_argument("--share", type=float, default=0.0, help="of the mixture's weights, spread at each token")
@@ -630,13 +634,19 @@ def arguments(argv):
 
 def print_tables(a):
     """Of finished runs, as text or as JSON, after their picture."""
-    runs = [read_run(name) for name in a.names]
-    finished = [run for run in runs if run["result"]]
+    finished, others = [], []
+    for name in a.names:
+        try:
+            run = read_run(name)
+            if not run["result"]:
+                raise unfinished(name)
+            finished.append(run)
+        except UserError as e:
+            others.append(e)
     if not finished:
-        raise unfinished(a.names[0])
-    for run in runs:
-        if not run["result"]:
-            print(unfinished(run["folder"]), file=sys.stderr)
+        raise others[0]
+    for e in others:
+        print(e, file=sys.stderr)
     if a.plot:
         plot(finished, a.plot)
     if a.json:
@@ -723,7 +733,7 @@ def main(argv):
                 print(sample(nets, a.prompt, *how))
             if a.lambada:
                 r = lambada(nets[-1])
-                print(f"{name} on LAMBADA ({r['passages']:,} passages, last word): "
+                print(f"{name}, last version alone, on LAMBADA ({r['passages']:,} passages, last word): "
                       f"accuracy {r['accuracy']:.4f}, perplexity {r['perplexity']:.2f}")  # fmt: skip
             if a.dataset:
                 print(measure_texts(a, name, nets, context, device, dtype))

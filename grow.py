@@ -71,7 +71,8 @@ def placement(where, model, growth, max_growths):
 
     "spread" divides the original blocks into max_growths equal groups and puts one block after each, from
     the top down (LLaMA Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom"
-    always use the ends. From the top down: frozen blocks below the lowest grown one need no backward."""
+    always use the ends. From the top down, as blocks below the lowest that trains need no backward: early
+    growths then train few layers' depth."""
     if where == "top":
         return model.config.n_layer
     if where == "bottom":
@@ -105,12 +106,12 @@ def freeze(model, policy):
     elif policy == "older":
         trains = [i for i in new if generation[i] == max(generation)]
     elif policy == "none":
-        trains = []
+        trains = range(model.config.n_layer)
     elif 0 < top <= len(old):
         trains = old[-top:] + new
     else:
         raise UserError(f"unknown freeze policy {policy!r}: give base, older, none, or top1 to top{len(old)}")
-    model.requires_grad_(not trains)  # no block named: everything trains
+    model.requires_grad_(policy == "none" or not trains)  # base and older freeze nothing before a growth
     for i in trains:
         model.h[i].requires_grad_(True)
     for p in model.parameters():
@@ -144,7 +145,8 @@ def version(model, g):
 
 
 def original(model):
-    """The network as this run found it, if its originals never train; of a finished network, all of it."""
+    """The version that this run started from, as it was if its originals never train. Of a finished network,
+    all of it."""
     return version(model, model.config.versions[-1])
 
 
@@ -290,9 +292,9 @@ class EWC:
     """Elastic weight consolidation (Kirkpatrick et al., 2017, eq. 3): (1/2) sum F (w - w*)^2, without lambda.
 
     w* are the weights of `model` now and F the diagonal of their Fisher information per token, E[(d log p
-    / dw)^2], on `batches`, each ids (B, T), with labels sampled from the model itself. Their scores have mean
-    zero and are uncorrelated, so the square of the sum is on average the sum of the squares: one backward per
-    batch is unbiased. (With the data's labels it would not be: van de Ven, arXiv 2502.11756.)"""
+    / dw)^2], on `batches`, each ids (B, T), with labels sampled from the model itself. The gradients of their
+    log p have mean zero and are uncorrelated, so the square of the sum is on average the sum of the squares:
+    one backward per batch is unbiased. (With the data's labels it is not: van de Ven, arXiv 2502.11756.)"""
 
     def __init__(self, model, batches, generator=None):
         was_training = model.training
@@ -322,7 +324,7 @@ class EWC:
         return torch.stack(torch._foreach_norm(terms, 1)).sum() / 2  # none is negative: the norm is the sum
 
     def weighs(self, model):
-        """The (name, parameter) pairs that the penalty holds: none where all originals are frozen."""
+        """(name, parameter) of every original that still trains: an empty list where all are frozen."""
         return [(n, p) for n, p in original_parameters(model) if p.requires_grad and n in self.anchor]
 
 
@@ -393,7 +395,7 @@ def compile_objective(objective):
         for block in net.h if net is not None else ():
             if block._compiled_call_impl is None:
                 block.compile(dynamic=False)
-    if "losses" not in vars(objective):  # the method, as it was written
+    if "losses" not in vars(objective):  # the method is not yet replaced by its compiled form
         objective.losses = torch.compile(objective.losses, dynamic=False)
 
 

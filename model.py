@@ -395,7 +395,7 @@ def crc32c(raw):
 # ----- Hugging Face's format -----
 # config.json, and model.safetensors: 8 bytes that hold a length N, N bytes of JSON, the tensors.
 
-# What a config.json may say of the architecture without being another one than ours.
+# What config.json must say of these, if it names them: any other value is another architecture.
 FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
 FIXED |= dict(tie_word_embeddings=True, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: these are its bits

@@ -1,8 +1,8 @@
 """Train a GPT that grows. Read model.py and grow.py first, then `train` below: one function, one loop.
 
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
-    python train.py demo            the same program on embedded text: no network, three minutes on a CPU
-    python train.py keep            the card's task, and what it was is still inside at the end
+    python train.py demo            the same program on embedded text: no network, two minutes on a CPU
+    python train.py keep            the card's task; the network it started from stays inside
     python train.py replay          the same, with old text at hand: a quarter of each batch is replayed
     python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
@@ -65,7 +65,7 @@ class Options:
     batch_size: int = option(8, "rows per micro-step, over all processes together", 1)
     grad_accum: int = option(1, "micro-steps per optimizer step", 1)
     lr: float = option(5e-5, "learning rate of AdamW", 1e-12)
-    lr_schedule: str = option("constant", "or cosine to 0 at max_steps", "constant", "cosine")
+    lr_schedule: str = option("constant", "constant, or cosine to 0 at max_steps", "constant", "cosine")
     warmup_steps: int = option(0, "steps of linear warm-up", 0)
     weight_decay: float = option(0.01, "of matrices and embeddings", 0)
     grad_clip: float = option(1.0, "largest gradient norm (0: no clipping)", 0)
@@ -74,10 +74,10 @@ class Options:
     # growth
     trigger: str = option("schedule", "what decides to grow", "schedule", "plateau")
     grow_every: int = option(500, "schedule: steps between growths", 1)
-    first_growth: int = option(-1, "none before this step (-1: no limit; 0: originals stay as they are)", -1)
+    first_growth: int = option(-1, "none before this step (-1: no limit; 0: at once, so originals stay)", -1)
     max_growths: int = option(3, "growths at most (0: an ordinary training run)", 0)
     where: str = option("upper", "spread, upper (spread over the upper half), top, bottom, or an index")
-    block_init: str = option("copy", "of the block below; both have zero output projections", "copy", "fresh")
+    block_init: str = option("copy", "a copy of the block below, or fresh weights", "copy", "fresh")
     freeze: str = option("base", "from the first growth on: base, older, none; topN: only N top blocks train")
     patience: int = option(300, "plateau: steps without improvement", 1)
     min_delta: float = option(0.01, "plateau: what counts as an improvement, in nats", 0)
@@ -97,7 +97,7 @@ class Options:
     log_every: int = option(10, "steps between log lines", 1)
     save_every: int = option(500, "steps between checkpoints; one more at the end and on Ctrl-C", 1)
     out: str = option("", "run folder (empty: out/PRESET and the options given)")
-    resume: str = option("no", "yes or no value: go on; auto: if there is a run", "no", "yes", "auto")
+    resume: str = option("no", "yes, or no value: go on; auto: if there is a run", "no", "yes", "auto")
     # the machine
     device: str = option("auto", "", "auto", "cpu", "cuda", "mps")
     dtype: str = option("auto", "what autocast computes in", "auto", "float32", "bfloat16", "float16")
@@ -141,7 +141,8 @@ PRESETS = {
     "keep": dict(first_growth=0),
     "replay": dict(first_growth=0, replay=0.25),
 }
-# What may differ when a run is resumed: it changes at most the rounding of what is computed.
+# What may differ when a run is resumed, and names no folder of its own: it changes at most the rounding of
+# what is computed. (More max_steps prolong the run.)
 MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_every", "cache_dir",
               "max_steps"}
 # fmt: on
@@ -167,11 +168,12 @@ def parse(argv):
     values, typed = {}, vars(typed)
     for word in words:
         values |= PRESETS[word]
-    if len(words) > 1:  # a folder of its own, not that of one of the presets
+    # Runs with different options get different folders: that of a preset is for the preset alone.
+    differs = "".join(f"-{name}={v}" for name, v in typed.items() if name not in MAY_CHANGE)
+    if len(words) > 1 or differs:
         values.pop("out", None)
     values |= typed
-    if not values.get("out"):  # runs with different options get different folders
-        differs = "".join(f"-{name}={v}" for name, v in typed.items() if name not in MAY_CHANGE)
+    if not values.get("out"):
         name = "-".join(words or ["card"]) + re.sub(r"[^\w.=-]", "_", differs)
         digest = hashlib.sha256(differs.encode()).hexdigest()[:8]
         values["out"] = "out/" + (name if len(name) <= 120 else f"{name[:100]}-{digest}")
@@ -180,8 +182,8 @@ def parse(argv):
     return o
 
 
-def as_typed(values):
-    return " ".join(f"--{name}={v}" for name, v in values.items())
+def as_typed(values, presets=()):
+    return shlex.join([*presets, *(f"--{name}={v}" for name, v in values.items())])
 
 
 def need(condition, sentence):
@@ -300,9 +302,11 @@ def compare_options(o, stored):
         values["kd_rows"] *= accum if o.distilled else 0
     differs = differing(then, now)
     need(not differs, f"the run in {o.out} has {differs}: resume with those, or give another --out")
-    steps, constant = stored["max_steps"], o.lr_schedule == "constant"
-    fits, more = (o.max_steps >= steps, " or more") if constant else (o.max_steps == steps, "")
-    need(fits, f"the run in {o.out} has --max_steps={steps}: resume with that{more}")
+    steps = f"the run in {o.out} has --max_steps={stored['max_steps']}: resume with that"
+    if o.lr_schedule == "constant":
+        need(o.max_steps >= stored["max_steps"], f"{steps} or more")
+    else:
+        need(o.max_steps == stored["max_steps"], steps)
 
 
 def differing(then, now):
@@ -324,6 +328,7 @@ def pretrain(o, world):
     """Train the network that the demo starts from, if it is not there. One that other options, another torch
     or another text has made is refused."""
     p = dataclasses.replace(Options(**PRESETS["pretrain"]), device=o.device, compile=o.compile, resume="auto")
+    p.presets = ["pretrain"]
     check(p, world)
     if not Path(o.init).exists():
         print(f"pretraining on {p.dataset}, once, into {PRETRAINED}", file=sys.stderr)
@@ -450,11 +455,11 @@ def train(o):
 
     params, optimizer, ddp, step_flops = rebuild()
     step, flops, train_seconds, log = 0, 0, 0.0, []
-    command = shlex.join(["python", "train.py", *sys.argv[1:]])
+    command = f"python train.py {as_typed(o.typed, o.presets)}".strip()
     started = {"command": command, "presets": o.presets, "typed": o.typed}
     if saved:
         step, flops, train_seconds, log = (saved[k] for k in ("step", "flops", "train_seconds", "log"))
-        log[0] |= {**started, "config": asdict(o)}  # of the last start
+        log[0] |= {**started, "config": asdict(o)}  # the header tells of the last start
         began -= saved["seconds"]
         grow.load_optimizer_state(model, optimizer, saved["optimizer"])
         if saved["scaler"] and scaler.is_enabled():
@@ -492,12 +497,15 @@ def train(o):
         return found
 
     def refuse_non_finite(*numbers):
-        if not all(map(math.isfinite, numbers)):
-            raise UserError(
-                f"a loss or the gradient norm is not finite at or before step {step - 1}: the run stops. "
-                f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run, or "
-                "--resume with --dtype=float32"
-            )
+        if all(map(math.isfinite, numbers)):
+            return
+        if step == 0:
+            raise UserError(f"the losses of {o.init} are not finite: it is damaged, or needs --dtype=float32")
+        raise UserError(
+            f"a loss or the gradient norm is not finite at or before step {step - 1}: the run stops. "
+            f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run, or "
+            "--resume with --dtype=float32"
+        )
 
     @torch.no_grad()
     def probe_logits():
@@ -522,6 +530,8 @@ def train(o):
     say("\n".join([f"options: {typed} (all of them are in {out}/metrics.jsonl)", *machine]))
     say(f"{log[0]['layers']} layers, {log[0]['parameters']:,} parameters; learn {o.dataset}, "
         f"{len(texts['learn']['train']):,} training tokens; retain {o.retain}")  # fmt: skip
+    windows = f"the first {o.eval_windows} windows" if o.eval_windows else "all windows"
+    say(f"validation: {windows}, {ev.protocol('val', o.block_size, device, dtype)}")
     if o.init != "scratch" and not o.originals_never_train:
         until, how = "to the end", "to grow with --first_growth=0 and --freeze=base"
         if o.max_growths and o.freeze in ("base", "older"):
@@ -537,10 +547,12 @@ def train(o):
         return max(gather(max(signals, default=0), world))
 
     # ----- the loop -----
-    signals, losses, lr, since, since_step = note_signals(), None, 0, 0, 0
+    signals = note_signals()
+    losses, lr, since, since_step = None, 0.0, 0.0, 0  # of the last step, and since when the clock runs
     total = torch.zeros((), device=device)  # of all losses since the start, to see if one was not finite
     while True:  # max_steps + 1 times: the last time it only measures and saves
         last = step == o.max_steps
+        # Several processes must agree, which costs a message: they ask only at log lines.
         stopped_by = stop_signal() if world == 1 or step % o.log_every == 0 else 0
         may_grow = len(events) < o.max_growths and o.starts_growing <= step < o.max_steps
         due = may_grow and step == o.first_growth == 0  # whatever the trigger, or the originals would train
@@ -561,7 +573,8 @@ def train(o):
             if world > 1:
                 dist.all_reduce(losses)
                 losses /= world
-            (nll, kd, penalty, norm, so_far), losses = losses.tolist(), None
+            nll, kd, penalty, norm, so_far = losses.tolist()
+            losses = None  # they are read: the clock starts anew
             # A loss scaler makes infinite gradients on purpose, and skips those steps.
             refuse_non_finite(nll, kd, penalty, so_far, 0.0 if scaler.is_enabled() else norm)
             if logs:
@@ -602,7 +615,7 @@ def train(o):
             added = now["parameters"] - size
             events.append(record(
                 "event", step=step, at=at, generation=max(model.config.generation), layers_before=layers,
-                layers_after=depth, identical=True, parameters_added=added, **now,
+                layers_after=depth, parameters_added=added, **now,
                 **{f"{key}_before": before[key] for key in texts},
                 **{f"{key}_after": after[key] for key in texts},
             ))  # fmt: skip
@@ -690,9 +703,8 @@ def train(o):
             raise UserError(f"cannot write {out}/model ({e.strerror}): --resume writes it again") from e
         say("\n" + ev.report(run))
         if len(events) < o.max_growths:
-            ended = f"the run ended at step {step} before the next was due"
-            why = ended if o.trigger == "schedule" else "the validation loss kept falling"
-            say(f"{len(events)} of {o.max_growths} growths happened: {why}")
+            happened = f"{len(events)} of {o.max_growths} growths happened"
+            say(f"{happened}: the run ended at step {step}, before the next was due")
 
 
 def smaller_batch(o, world):
@@ -702,7 +714,8 @@ def smaller_batch(o, world):
         if all(rows % (k * world) == 0 for rows in sizes.values()):
             smaller = {name: rows // k for name, rows in sizes.items()} | {"grad_accum": o.grad_accum * k}
             return f"{as_typed(smaller)} is the same global batch; add --resume=auto --out={o.out}"
-    return "use a smaller --block_size, or fewer --kd_rows, in a new run"
+    fewer = ", or fewer --kd_rows," if o.distilled else ""
+    return f"use a smaller --block_size{fewer} in a new run"
 
 
 def main(argv):

@@ -379,6 +379,8 @@ def test_unfinished_runs(run, tmp_path, capsys):
         assert printed.err == f"{folder} is not finished: run its command again with --resume\n"
     ev.main([folder, str(run), str(run), "--json"])
     assert len(json.loads(capsys.readouterr().out)) == 2
+    ev.main([str(tmp_path), str(run)])  # as out/* may have a folder that is no run
+    assert f"no run in {tmp_path};" in capsys.readouterr().err
     for more in ([], ["--prompt=grow"], [f"--dataset={run.parent / 'words.txt'}"]):
         with pytest.raises(data.UserError, match=f"{folder} is not finished: .*--resume"):
             ev.main([folder, *more])

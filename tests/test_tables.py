@@ -82,13 +82,13 @@ GROWN = [
     dict(kind="eval", step=100, learn=3.9, retain=1.1),
     dict(kind="eval", step=200, learn=3.5, retain=1.2),
     dict(kind="eval", step=300, learn=3.4, retain=1.3),
-    dict(kind="event", step=300, at=3, generation=1, layers_before=4, layers_after=5, identical=True,
+    dict(kind="event", step=300, at=3, generation=1, layers_before=4, layers_after=5,
          parameters_added=2_000_000, parameters=12_000_000, trainable=2_000_000, flops=1.5e12,
          tokens=307_200, learn_before=3.4, learn_after=3.65, retain_before=1.3, retain_after=1.3),
     dict(kind="eval", step=400, learn=3.0, retain=1.3),
     dict(kind="eval", step=500, learn=2.9, retain=1.4),
     dict(kind="eval", step=600, learn=2.5, retain=1.4),
-    dict(kind="event", step=600, at=2, generation=2, layers_before=5, layers_after=6, identical=True,
+    dict(kind="event", step=600, at=2, generation=2, layers_before=5, layers_after=6,
          parameters_added=4_000_000, parameters=16_000_000, trainable=4_000_000, flops=2.25e12,
          tokens=614_400, learn_before=2.5, learn_after=2.0, retain_before=1.4, retain_after=1.4),
     dict(kind="eval", step=700, learn=2.3, retain=1.5),
@@ -505,6 +505,12 @@ def test_model_card(run):
     assert f"{5 * 2 * 2 * 16:,} tokens" in said
     train_tokens = len(data.load(run.inputs.learn, V, T)["train"])
     assert f"learned `{run.inputs.learn}`, of which {train_tokens:,} tokens are for training" in said
+    assert "blocks were inserted" in said and "No block" not in said
+
+
+def test_model_card_without_a_growth(logs):
+    card = flat(ev.model_card(ev.read_run(logs["plain"])))
+    assert "No block was inserted." in card and "blocks were inserted" not in card
 
 
 # ------------------------------------------------------------------------------------------------------------
