@@ -69,10 +69,9 @@ def originals(model):
 def placement(where, model, growth, max_growths):
     """Index for the next block when `growth` of `max_growths` growths are done.
 
-    "spread" divides the original blocks into max_growths equal groups and puts one block after each, from
-    the top down (LLaMA Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom"
-    always use the ends. From the top down, as blocks below the lowest that trains need no backward: early
-    growths then train few layers' depth."""
+    "spread" divides the original blocks into max_growths equal groups and puts one block after each (LLaMA
+    Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom" always use the ends.
+    From the top down, for blocks below the lowest that trains need no backward: early growths are cheap."""
     if where == "top":
         return model.config.n_layer
     if where == "bottom":
@@ -145,8 +144,7 @@ def version(model, g):
 
 
 def original(model):
-    """The version that this run started from, as it was if its originals never train. Of a finished network,
-    all of it."""
+    """The version that this run started from: as it was, if its originals never train."""
     return version(model, model.config.versions[-1])
 
 
