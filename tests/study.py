@@ -173,16 +173,17 @@ def what_keeps_the_old(out, scale, seeds):
             own.append(
                 [("trained on docs alone", arm, ""), ("change of loss on docs", mean_sd(gain, "+.3f"), "")]
             )
-    command = " ".join(options(scale, WHOLE, "full", {"full": "OPTIONS"}))
+    command, table = " ".join(options(scale, WHOLE, "full", {"full": "OPTIONS"})), ev.markdown(rows)
+    early = f'"Early" is before step {after}: Adam\'s first steps forget what is soon learned again.'
     return f"""`python {command} --init=BASE/model --seed=S`
 
-{ev.markdown(rows)}
+{table}
 
 OPTIONS are those of the row and, for full, `{FULL}`, for grow 2,
 `{GROW_2}` (with EWC and `--freeze=none`). "Plain" is the same without
 its cure. Forgetting at an equal learning loss is on validation windows, where the loss first falls to what
-full fine-tuning reaches half-way ({middle:.2f}), and to 0.02 above the end of growth ({end:.2f}). "Early" is
-before step {after}, while Adam's first steps still forget what is soon learned again.
+full fine-tuning reaches half-way ({middle:.2f}), and to 0.02 above the end of growth ({end:.2f}).
+{early if "early" in table else ""}
 
 What the base gains on its own text in as many steps, so that replay's gain is not mistaken for retention:
 
@@ -333,10 +334,9 @@ Learn: test loss on `code`; forgetting: test loss on `docs` minus the base's; na
 deviation over seeds {", ".join(map(str, seeds))}. To save time, {LARGE} has the first two seeds only, fewer
 arms, and {scale.steps[LARGE]} steps instead of {scale.steps["2x64"]}. A column that begins with "-" is a
 difference seed by seed; "=" is one within its own standard deviation, from which nothing follows. LoRA (on
-all four matrices of every block) and the widened MLP have as many trainable parameters as growth by \
-{controls.ADDED_BLOCKS} blocks.
-Growth inserts its blocks before the first two steps. All arms have one learning rate unless they say another.
-Seeds differ in their batches (and in what is initialised freshly); each base was trained once.
+all four matrices of every block) and the widened MLP train as many parameters, within 1%, as growth by
+{controls.ADDED_BLOCKS} blocks, which come before the first two steps. All arms have one
+learning rate unless they say another. Seeds differ in batches and fresh weights; each base is trained once.
 
 ## When does growing pay?
 
@@ -373,8 +373,8 @@ The same on the test splits, and what it costs:
 
 ## Three texts in a row
 
-`python train.py demo {GROW_2} --init=RUN/model --dataset=headers --retain=code`, then \
-`python eval.py RUN --dataset=docs,code,headers --split=test`. Test splits.
+`python train.py demo {GROW_2} --init=RUN/model --dataset=headers --retain=code --out=NEXT`, then \
+`python eval.py NEXT --dataset=docs,code,headers --split=test`. Test splits.
 
 {sequences(measured)}
 
