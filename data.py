@@ -39,6 +39,14 @@ class UsageError(UserError):
     status = 2
 
 
+def is_out_of_memory(e):
+    """torch says so in several ways, with the device and the allocator."""
+    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(e, MemoryError) or (
+        isinstance(e, RuntimeError) and any(text in str(e) for text in said)
+    )
+
+
 # ----- Fetching -----
 
 
@@ -190,6 +198,8 @@ def save_checkpoint(path, value):
         with replacing(path) as f:
             torch.save({"version": CHECKPOINT_VERSION, **value}, f)
     except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
+        if is_out_of_memory(e):
+            raise
         reason = e.strerror if isinstance(e, OSError) else "the disk may be full"
         then = "the one before is intact, use --resume" if path.exists() else "give another --out"
         raise UserError(f"cannot write {path} ({reason}): {then}") from e

@@ -42,11 +42,13 @@ def choose_machine(device="auto", dtype="auto"):
     """(torch.device, torch.dtype, reasons). Sets what torch and the C library need for the device, and says
     every choice with its reason."""
     why = why_dtype = "asked for"
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # no backend passes gradients between MPS devices
+    mps = alone and torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if device == "auto":
         device, why = next(name for name in there if there[name]), "the fastest that torch sees"
     if not there[device]:
-        raise UsageError(f"--device={device}, but torch sees none: use --device=auto")
+        raise UsageError(f"--device={device}, but torch sees none that can be used: use --device=auto")
     chosen, native = torch.device(device), False
     if device == "cpu":
         capable = torch.cpu.get_capabilities()
@@ -208,7 +210,7 @@ def evaluate_together(
     def measure(x, y):
         log_q, targets = None, y.clamp(min=0)[..., None]  # (B, T, 1)
         for net, hidden in zip(nets, grow.run_together(nets, x)):
-            log_p = log_q
+            log_p, log_q = log_q if kl else None, None  # one that is not needed does not stay in memory
             log_q = F.log_softmax(logits(net, hidden), -1)  # (B, T, V)
             yield -log_q.gather(-1, targets)[..., 0]  # (B, T)
         if kl:  # row by row: so no more than p, q and the logits that q is made from are ever alive at once
@@ -412,7 +414,8 @@ def texts_learned(init, retain):
 
 def report(run):
     """A finished run in Markdown: printed when it ends, or by eval.py, and part of its card."""
-    folder, c = shlex.quote(run["folder"]), run["header"]["config"]
+    folder, typed = shlex.quote(run["folder"]), run["header"]["typed"]
+    cache = f" --cache_dir={shlex.quote(typed['cache_dir'])}" if "cache_dir" in typed else ""
     text = f"""## Summary of {run["folder"]}
 {comparison([run])}
 
@@ -422,14 +425,14 @@ def report(run):
 The model: {folder}/model
 These tables again: python eval.py {folder}
 A picture of them: python eval.py {folder} --plot=run.png
-Text from the model: python eval.py {folder} --prompt='Once upon a time'"""
+Text from the model: python eval.py {folder} --prompt='Once upon a time'{cache}"""
     versions, learned = run["result"]["versions"], run["result"]["learned"]
     if 1 < len(versions) == len(learned) and not any("," in name for name in learned):
         texts = shlex.quote(f"--dataset={','.join(learned)}")
-        text += f"\nEvery version on every text: python eval.py {folder} {texts} --split=test"
+        text += f"\nEvery version on every text: python eval.py {folder} {texts} --split=test{cache}"
     if len(versions) > 1 and "headers" not in learned:
-        options = run["header"]["typed"] | {"init": f"{run['folder']}/model", "dataset": "headers"}
-        options |= {"retain": c["dataset"], "out": f"{run['folder']}-headers"}
+        options = typed | {"init": f"{run['folder']}/model", "dataset": "headers"}
+        options |= {"retain": run["header"]["config"]["dataset"], "out": f"{run['folder']}-headers"}
         options.pop("resume", None)
         words = [*run["header"]["presets"], *(f"--{name}={value}" for name, value in options.items())]
         text += f"\nLearn one more and keep all: {shlex.join(['python', 'train.py', *words])}"
@@ -577,8 +580,9 @@ class Parser(argparse.ArgumentParser):
 # An option that does nothing without another one, or without one of several.
 NEEDS = dict.fromkeys(("--split", "--block_size", "--batch_size", "--windows", "--average"), "--dataset")
 NEEDS |= dict.fromkeys(("--max_new_tokens", "--temperature", "--top_k", "--seed"), "--prompt")
-NEEDS |= dict.fromkeys(("--device", "--dtype", "--cache_dir"), "--dataset --prompt --lambada")
+NEEDS |= dict.fromkeys(("--device", "--dtype"), "--dataset --prompt --lambada")
 NEEDS |= {"--share": "--dataset --prompt", "--out": "--version --alpha"}
+NEEDS["--cache_dir"] = "--dataset --prompt --lambada --out"
 NEEDS |= dict.fromkeys(("--version", "--alpha"), "--out --dataset --prompt --lambada")
 
 
@@ -601,7 +605,7 @@ def arguments(argv):
                    help="what counts alike: every token, or every window")  # fmt: skip
     p.add_argument("--lambada", action="store_true", help="last-word accuracy and perplexity")
     p.add_argument("--version", type=int, help="this version of the model alone, as in its config.json")
-    p.add_argument("--share", type=float, default=0.0, help="of the mixture's weights, spread at each token")
+    p.add_argument("--share", type=float, help="of the mixture's weights, spread at each token (default: 0)")
     p.add_argument("--alpha", type=float, help="0 ... 1: between the last version but one and the last")
     p.add_argument("--out", help="write the version, or what --alpha makes of the last, into this folder")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -612,17 +616,25 @@ def arguments(argv):
         a.texts = [a.dataset] if Path(a.dataset).exists() else a.dataset.split(",")
         for text in a.texts:
             data.check_name(text)
-    if a.out and len(a.names) > 1:
-        raise UsageError(f"--out={a.out} is for one model, and {len(a.names)} are named")
-    for path in (a.out, f"{a.out}.tmp") if a.out else ():  # where save_pretrained writes
+    for path in (a.out, f"{Path(a.out)}.tmp") if a.out else ():  # where save_pretrained writes
         if Path(path).exists():
             raise UsageError(f"{Path(path).absolute()} exists: give another --out")
-    for option, value in {"share": a.share, "alpha": a.alpha or 0.0}.items():
-        if not 0 <= value <= 1:
-            raise UsageError(f"--{option} must be from 0 to 1, not {value}")
-    if min(a.batch_size, a.max_new_tokens) < 1 or min(a.windows, a.top_k, a.block_size) < 0:
-        raise UsageError("batch_size, max_new_tokens must be 1 or more; windows, top_k, block_size 0 or more")
     typed = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    refused = {
+        f"--out={a.out} is for one model, and {len(a.names)} are named": a.out and len(a.names) > 1,
+        "--dataset, --out and --plot need a value": "" in (a.dataset, a.out, a.plot),
+        f"--share must be from 0 to 1, not {a.share}": not 0 <= (a.share or 0) <= 1,
+        f"--alpha must be from 0 to 1, not {a.alpha}": not 0 <= (a.alpha or 0) <= 1,
+        "--seed must be from 0 to 4294967295": not 0 <= a.seed < 2**32,
+        "--temperature must be 0 or at least 0.01": not (a.temperature == 0 or a.temperature >= 0.01),
+        "--seed and --top_k do nothing with --temperature=0": not a.temperature
+        and typed & {"--seed", "--top_k"},
+        "--batch_size and --max_new_tokens must be 1 or more": min(a.batch_size, a.max_new_tokens) < 1,
+        "--windows, --top_k and --block_size must be 0 or more": min(a.windows, a.top_k, a.block_size) < 0,
+    }
+    for sentence, is_so in refused.items():
+        if is_so:
+            raise UsageError(sentence)
     measures = typed & {"--dataset", "--prompt", "--lambada", "--out"}
     for option in sorted(typed):
         if option in NEEDS and not typed.intersection(NEEDS[option].split()):
@@ -667,9 +679,10 @@ def load_networks(a, name):
     """Of a run or a model: the versions to be mixed, or the one that was asked for; the context in tokens."""
     folder, context = name, 0
     if name not in SIZES and (Path(name) / "metrics.jsonl").exists():  # a run: what it exported
-        folder, context = f"{name}/model", read_run(name)["header"]["config"]["block_size"]
-        if not Path(folder).exists():
+        run, folder = read_run(name), f"{name}/model"
+        if not run["result"] or not Path(folder).exists():  # what lies there may be of an earlier end
             raise unfinished(name)
+        context = run["header"]["config"]["block_size"]
     model = GPT.from_pretrained(folder).eval()
     nets = [grow.version(model, g) for g in model.config.versions]
     if a.version is not None:
@@ -677,8 +690,9 @@ def load_networks(a, name):
     if a.alpha is not None:
         grow.scale_grown(nets[-1], a.alpha)
         nets = nets[-1:]
-    if a.share and len(nets) == 1:
+    if a.share is not None and len(nets) == 1:
         raise UsageError("--share does nothing where one version is measured alone: leave it out")
+    a.share = a.share or 0.0
     return nets, a.block_size or context or model.config.block_size
 
 
@@ -746,6 +760,11 @@ def run_main(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.status)
+    except (RuntimeError, MemoryError) as e:
+        if not data.is_out_of_memory(e):
+            raise
+        print("error: out of memory: give a smaller --batch_size", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -333,10 +333,10 @@ def sample_dreams(model, rows, T, seed):
     device, end = model.wte.weight.device, model.config.vocab_size - 1
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.full((rows, T), end, device=device)
-    for first in range(0, rows, 256):
-        start = ids[first : first + 256, :1]  # (256, 1)
-        sampled = model.generate(start, T - 1, generator=generator)
-        ids[first : first + 256, : sampled.size(1)] = sampled  # shorter where all rows ended early
+    B = max(32768 // T, 1)  # rows at a time: their keys and values must fit in memory
+    for first in range(0, rows, B):
+        sampled = model.generate(ids[first : first + B, :1], T - 1, generator=generator)
+        ids[first : first + B, : sampled.size(1)] = sampled  # shorter where all rows ended early
     if dist.is_initialized():
         dist.broadcast(ids, 0)
     return F.pad(ids.flatten(), (0, 1), value=end).to("cpu", torch.uint16)  # a token behind the last window

@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -142,7 +143,7 @@ PRESETS = {
     "replay": dict(first_growth=0, replay=0.25),
 }
 # What may differ when a run is resumed, and names no folder of its own: it changes at most the rounding of
-# what is computed. (More max_steps prolong the run.)
+# what is computed. (More max_steps prolong the run, and a GPU draws other dropout and EWC labels than a CPU.)
 MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_every", "cache_dir",
               "max_steps"}
 # fmt: on
@@ -170,7 +171,7 @@ def parse(argv):
         values |= PRESETS[word]
     # Runs with different options get different folders: that of a preset is for the preset alone.
     differs = "".join(f"-{name}={v}" for name, v in typed.items() if name not in MAY_CHANGE)
-    if len(words) > 1 or differs:
+    if len(words) > 1 or differs or typed.keys() & {"dtype", "max_steps"}:
         values.pop("out", None)
     values |= typed
     if not values.get("out"):
@@ -231,6 +232,8 @@ def check(o, world=1):
         "--max_growths of 1 or more": ("trigger grow_every first_growth where block_init", grows),
         "--trigger=schedule": ("grow_every", o.trigger == "schedule"),
         "--trigger=plateau": ("patience min_delta", grows and o.trigger == "plateau"),
+        "a second growth": ("grow_every", o.max_growths > 1 or o.first_growth < 0),
+        "a growth behind step 0": ("patience min_delta", o.max_growths > 1 or o.first_growth),
         "--kd_weight": ("kd_temperature kd_on", o.kd_weight),
         "--kd_weight and --kd_on=retain or dream": ("kd_rows", o.distilled),
         "--kd_weight and --kd_on=dream": ("dreams", o.kd_weight and o.kd_on == "dream"),
@@ -296,7 +299,7 @@ def compare_options(o, stored):
     """Refuse to resume under options that would make it another run. Only the product of batch_size and
     grad_accum matters (and of kd_rows and grad_accum), so that a run can go on in less memory."""
     then, now = dict(stored), asdict(o)
-    for values in (then, now):
+    for values in (then, now) if not o.dropout else ():  # which is drawn for each micro-step
         accum = values.pop("grad_accum")
         values["batch_size"] *= accum
         values["kd_rows"] *= accum if o.distilled else 0
@@ -329,17 +332,19 @@ def pretrain(o, world):
     or another text has made is refused."""
     p = dataclasses.replace(Options(**PRESETS["pretrain"]), device=o.device, compile=o.compile, resume="auto")
     p.presets = ["pretrain"]
-    check(p, world)
     if not Path(o.init).exists():
+        check(p, world)
         print(f"pretraining on {p.dataset}, once, into {PRETRAINED}", file=sys.stderr)
         stopped_by = train(p)
         if stopped_by:
             sys.exit(stopped_by)
+        gather(None, world)  # until its log is whole
     header, text = ev.read_run(PRETRAINED)["header"], data.load(p.dataset, data.BYTES, p.block_size)
+    c, text_sha256 = header["config"], data.sha256(text.values())
     made = {"torch": header["versions"]["torch"], "text": header["sha256"]["learn"]}
-    made["steps"] = header["config"]["max_steps"]
-    here = {"torch": torch.__version__, "text": data.sha256(text.values()), "steps": p.max_steps}
-    differs = differing(header["config"] | made, asdict(p) | here)
+    made |= {"steps": c["max_steps"], "precision": c["dtype"]}
+    here = {"torch": torch.__version__, "text": text_sha256, "steps": p.max_steps, "precision": p.dtype}
+    differs = differing(c | made, asdict(p) | here)
     need(not differs, f"{PRETRAINED} was made with {differs}: delete it, and it is trained again")
 
 
@@ -485,7 +490,9 @@ def train(o):
         tokens = step * rows * o.block_size
         return {"parameters": counts[0], "trainable": counts[1], "flops": flops, "tokens": tokens}
 
-    eval_rows = max(o.batch_size, 4096 // o.block_size if device.type == "cuda" else 1)  # windows at a time
+    eval_rows = o.batch_size  # windows at a time: on a GPU more, if they are short
+    if device.type == "cuda":
+        eval_rows = max(eval_rows, min(4 * o.batch_size, 4096 // o.block_size))
     probe = next(ev.window_batches(texts["learn"]["val"], o.block_size, eval_rows, eval_rows))[1].to(device)
 
     def measure():
@@ -552,8 +559,9 @@ def train(o):
     total = torch.zeros((), device=device)  # of all losses since the start, to see if one was not finite
     while True:  # max_steps + 1 times: the last time it only measures and saves
         last = step == o.max_steps
-        # Several processes must agree, which costs a message: they ask only at log lines.
-        stopped_by = stop_signal() if world == 1 or step % o.log_every == 0 else 0
+        # Several processes must agree, and a GPU would wait for that: there they ask only at log lines.
+        asks = world == 1 or device.type == "cpu" or step % o.log_every == 0
+        stopped_by = stop_signal() if asks else 0
         may_grow = len(events) < o.max_growths and o.starts_growing <= step < o.max_steps
         due = may_grow and step == o.first_growth == 0  # whatever the trigger, or the originals would train
         if may_grow and o.trigger == "schedule":
@@ -608,6 +616,7 @@ def train(o):
             grow.freeze(model, o.freeze)
             if not torch.equal(expected, probe_logits()):
                 raise RuntimeError(f"the growth at step {step} changed the logits: it must be the identity")
+            del expected  # its memory
             if compiles:
                 grow.compile_objective(objective)
             params, optimizer, ddp, step_flops = rebuild(optimizer)
@@ -688,6 +697,8 @@ def train(o):
         result = {key: {"dataset": names[key], **ev.compare(base, model, text and text["test"], *args)}
                   for key, text in texts.items()}  # fmt: skip
         use = ev.block_use(model, texts["learn"]["test"], o.block_size)
+    if rank == 0:  # a network of a shorter run must not stand beside this result
+        shutil.rmtree(out / "model", ignore_errors=True)
     record(
         "result", layers=model.config.n_layer, versions=versions, learned=learned, **sizes(), **result,
         best=min(e["learn"] for e in evals),
@@ -713,7 +724,8 @@ def smaller_batch(o, world):
     for k in range(2, o.batch_size + 1):
         if all(rows % (k * world) == 0 for rows in sizes.values()):
             smaller = {name: rows // k for name, rows in sizes.items()} | {"grad_accum": o.grad_accum * k}
-            return f"{as_typed(smaller)} is the same global batch; add --resume=auto --out={o.out}"
+            how = "in a new run" if o.dropout else f"add --resume=auto --out={o.out}"
+            return f"{as_typed(smaller)} is the same global batch; {how}"
     fewer = ", or fewer --kd_rows," if o.distilled else ""
     return f"use a smaller --block_size{fewer} in a new run"
 
@@ -742,7 +754,7 @@ def main(argv):
             print(f"stopped; {o.out} is saved: --resume goes on, and redoes the tables", file=sys.stderr)
         raise
     except (RuntimeError, MemoryError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(e):
+        if not data.is_out_of_memory(e):
             raise
         raise UserError(f"out of memory: {smaller_batch(o, world)}") from e
     finally:

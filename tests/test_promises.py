@@ -568,6 +568,8 @@ REFUSED = [  # what is typed, the option that must be named, the sentence
     (dict(PLAIN, grow_every=3), "grow_every", NO_GROWTH),
     (dict(PLAIN, first_growth=3), "first_growth", NO_GROWTH),
     (dict(PLAIN, trigger="plateau"), "trigger", NO_GROWTH),
+    (dict(max_growths=1, first_growth=0, grow_every=3), "grow_every", NO_GROWTH),
+    (dict(PLATEAU, max_growths=1, first_growth=0), "patience", NO_GROWTH),
 ]
 # fmt: on
 
@@ -590,6 +592,8 @@ ACCEPTED = {
     "EWC": dict(ewc_lambda=1, ewc_batches=2, freeze="none"),
     "some originals frozen without growth": dict(PLAIN, freeze="top1"),
     "network from scratch": SCRATCH,
+    "one growth": dict(max_growths=1, grow_every=3),
+    "one growth at its own step": dict(max_growths=1, first_growth=2, grow_every=None),
 }
 
 

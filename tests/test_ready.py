@@ -195,6 +195,16 @@ def test_kernels_are_kept_in_the_cache(rank, tmp_path, monkeypatch):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
 
 
+def test_several_processes_do_not_choose_a_device_without_a_backend(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ev.choose_machine()[0].type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ev.choose_machine()[0].type == "cpu"
+    with pytest.raises(UserError, match="--device=mps"):
+        ev.choose_machine("mps")
+
+
 def test_the_cpu_is_asked_what_it_can_only_if_it_computes(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: pytest.fail("nobody needs to know"))

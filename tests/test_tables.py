@@ -200,6 +200,11 @@ def test_how_to_go_on_after_a_run(logs):
     assert printed.endswith(f"\nLearn one more and keep all: python train.py keep --seed=3 {more}\n")
     assert "Every version" not in printed_by(ev.main, logs["plain"])
     assert "keep all" not in printed_by(ev.main, logs["plain"])
+    elsewhere = ev.read_run(folder)
+    elsewhere["header"]["typed"]["cache_dir"] = "a folder"
+    said = ev.report(elsewhere)
+    assert f"{every.strip()} --cache_dir='a folder'\n" in said
+    assert "--prompt='Once upon a time' --cache_dir='a folder'\n" in said
 
 
 def test_growths_of_one_run(logs):

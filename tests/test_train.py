@@ -361,7 +361,8 @@ def test_fresh_blocks_are_a_function_of_seed_and_step(text, tmp_path):
     for run, (generator, seed) in enumerate([(1, 0), (2, 0), (1, 3)]):
         torch.manual_seed(generator)
         # A rate too small to move a weight that is not 0, so that the export has the block as it was born.
-        o = options(text, tmp_path / f"{run}", seed=seed, lr=1e-12, max_steps=1, max_growths=1, **more)
+        o = options(text, tmp_path / f"{run}", seed=seed, lr=1e-12, max_steps=1, max_growths=1,
+                    grow_every=500, **more)  # fmt: skip
         train.main(argv(o))
         exports.append(train.GPT.from_pretrained(tmp_path / f"{run}" / "model").h[2].mlp.c_fc.weight)
     assert torch.equal(exports[0], exports[1]) and not torch.equal(exports[0], exports[2])
@@ -408,7 +409,7 @@ def test_plateau_does_not_see_what_an_old_end_measured(text, tmp_path, monkeypat
 # ----- the demo's base -----
 
 
-@pytest.mark.parametrize("other", [None, "torch", "text", "steps", "lr"])
+@pytest.mark.parametrize("other", [None, "torch", "text", "steps", "precision", "lr"])
 def test_a_base_that_was_made_otherwise_is_refused(tmp_path, monkeypatch, other):
     """The demo's figures are those of one base: of these options, this torch and this Python's text."""
     monkeypatch.chdir(tmp_path)
@@ -417,6 +418,7 @@ def test_a_base_that_was_made_otherwise_is_refused(tmp_path, monkeypatch, other)
     text = data.sha256(data.load("docs", 257, 128).values())
     config = dataclasses.asdict(base) | {"lr": 1.0 if other == "lr" else base.lr}
     config["max_steps"] += other == "steps"
+    config["dtype"] = "bfloat16" if other == "precision" else base.dtype
     header = {
         "kind": "header", "config": config,
         "versions": {"torch": "1.0" if other == "torch" else torch.__version__},
@@ -432,6 +434,15 @@ def test_a_base_that_was_made_otherwise_is_refused(tmp_path, monkeypatch, other)
         with pytest.raises(UsageError, match=f"out/pretrained was made with (--)?{other}[= ].*delete it"):
             train.main(["demo"])
         assert not started
+
+
+def test_a_base_that_is_there_does_not_mind_how_many_processes_there_are(monkeypatch):
+    """Its own batch size was a matter of the run that made it."""
+    monkeypatch.setattr(train.Path, "exists", lambda path: True)
+    monkeypatch.setattr(train, "check", lambda o, world: pytest.fail("it is not trained again"))
+    monkeypatch.setattr(ev, "read_run", lambda out: sys.exit("read"))
+    with pytest.raises(SystemExit, match="read"):
+        train.pretrain(train.parse(["demo"]), 3)
 
 
 # ----- faults in training -----
@@ -499,6 +510,58 @@ def test_out_of_memory_gives_the_same_global_batch(text, tmp_path, monkeypatch):
     arguments = command(options(text, tmp_path / "run", batch_size=1))[2:]
     with pytest.raises(UserError, match="use a smaller --block_size in a new run"):
         train.main(arguments)
+    arguments = command(options(text, tmp_path / "run", dropout=0.1))[2:]
+    with pytest.raises(
+        UserError, match="--batch_size=2 --grad_accum=2 is the same global batch; in a new run"
+    ):
+        train.main(arguments)
+
+
+@pytest.mark.parametrize("raised", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+])  # fmt: skip
+def test_out_of_memory_is_known_by_all_its_names(text, tmp_path, monkeypatch, raised, capsys):
+    def fail(*args, **more):
+        raise raised
+
+    with pytest.raises(SystemExit):  # where nothing better is known, as in eval.py
+        ev.run_main(fail)
+    assert capsys.readouterr().err == "error: out of memory: give a smaller --batch_size\n"
+    monkeypatch.setattr(torch, "save", fail)  # and no disk is full
+    with pytest.raises(UserError, match="out of memory: --batch_size=2"):
+        train.main(command(options(text, tmp_path / "run"))[2:])
+
+
+def test_with_dropout_a_run_goes_on_with_the_same_micro_steps(text, tmp_path):
+    """A mask is drawn for each of them."""
+    o = options(text, tmp_path / "run", dropout=0.1, max_steps=4, max_growths=0, grow_every=500)
+    train.main(argv(o))
+    with pytest.raises(UsageError, match="--batch_size=4 .*--grad_accum=1"):
+        train.main(argv(dataclasses.replace(o, batch_size=2, grad_accum=2), "--resume"))
+
+
+def test_the_network_of_a_shorter_run_does_not_stand_for_a_longer_one(text, tmp_path, monkeypatch):
+    """Neither while it runs nor if its export fails."""
+    o = options(text, tmp_path / "run", max_steps=8)
+    train.main(argv(o))
+    save, o = train.GPT.save_pretrained, dataclasses.replace(o, max_steps=10)
+
+    def fail(*args):
+        with pytest.raises(UserError, match="not finished"):
+            ev.main([o.out, "--prompt=x"])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.GPT, "save_pretrained", fail)
+    with pytest.raises(UserError, match="cannot write .*model"):
+        train.main(argv(o, "--resume"))
+    monkeypatch.setattr(train.GPT, "save_pretrained", save)
+    log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(log[:-1]))  # as while it trains
+    train.GPT(train.GPTConfig(257, 16, 2, 16, (0,))).save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(UserError, match="not finished"):
+        ev.main([o.out, "--prompt=x"])
 
 
 def test_a_bug_keeps_its_traceback(text, tmp_path, monkeypatch):
@@ -765,6 +828,7 @@ def test_the_folder_of_a_preset_is_for_the_preset_alone():
     assert train.parse(["pretrain", "demo"]).out == "out/pretrain-demo"
     assert train.parse(["pretrain", "--n_layer=4"]).out == "out/pretrain-n_layer=4"
     assert train.parse(["pretrain", "--n_layer=4", "--out=here"]).out == "here"
+    assert train.parse(["pretrain", "--dtype=bfloat16"]).out == "out/pretrain"
 
 
 def test_a_text_that_changed_is_refused_on_resume(text, tmp_path):

@@ -742,6 +742,13 @@ REFUSED = [
     (["--version=0", "--alpha=0.5", "--prompt=x"], "single"),
     (["--dataset=docs,"], "without a name"),
     (["--version=0", "--out=x", "--json"], "--json is for the tables"),
+    (["--version=0", "--out="], "need a value"),
+    (["--dataset=", "--split=test"], "need a value"),
+    (["--version=0", "--share=0", "--prompt=x"], "share"),
+    (["--prompt=x", "--temperature=0", "--seed=1"], "nothing with --temperature=0"),
+    (["--prompt=x", "--temperature=0", "--top_k=5"], "nothing with --temperature=0"),
+    (["--prompt=x", "--temperature=1e-40"], "--temperature"),
+    (["--prompt=x", "--seed=18446744073709551616"], "--seed"),
 ]
 
 
@@ -779,11 +786,12 @@ def test_a_text_may_have_a_comma_in_its_name(here, capsys):
 
 def test_an_export_does_not_replace_what_is_there(here):
     """A folder with anything in it stays as it is."""
-    for name, out in (("mine", "mine"), ("yours.tmp", "yours")):  # the second is where it would write first
+    # The last two are where it would write first.
+    for name, out in (("mine", "mine"), ("yours.tmp", "yours"), ("theirs.tmp", "theirs/")):
         (here / name).mkdir()
         (here / name / "thesis.txt").write_text("x")
         with pytest.raises(UserError, match=f"{name} exists"):
-            ev.main([str(here / "second"), "--version=0", f"--out={here / out}"])
+            ev.main([str(here / "second"), "--version=0", f"--out={here}/{out}"])
         assert (here / name / "thesis.txt").exists()
     with pytest.raises(UserError, match="for one model, and 2 are named"):
         ev.main([str(here / "first"), str(here / "second"), "--version=0", f"--out={here / 'new'}"])
