@@ -33,6 +33,11 @@ def home(tmp_path_factory):
         yield folder
 
 
+def test_the_base_is_named_by_the_command_that_makes_it(home):
+    """And not by that of the demo."""
+    assert ev.read_run(home / "out" / "pretrained")["header"]["command"] == "python train.py pretrain"
+
+
 @pytest.mark.parametrize("command", [c for c in of("python train.py") if "demo" in c])
 def test_every_demo_command_runs(command, tmp_path, home):
     arguments = [a for a in shlex.split(command)[2:] if not a.startswith(("--resume", "--out"))]
