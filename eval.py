@@ -95,13 +95,6 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)  # and take nothing that would have to be given back
 
 
-def duration(seconds):
-    """1:02:03 or 2:03"""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 # ----- The one loss -----
 
 

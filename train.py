@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -590,9 +591,10 @@ def train(o):
                 record("step", step=step - 1, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=finite_norm, ms=ms)
                 terms = (f" kd {kd:.4f}" if teacher else "") + (f" ewc {penalty:.2e}" if ewc else "")
                 speed, millions = 1000 * rows * o.block_size / ms, sizes()["trainable"] / 1e6
+                left = timedelta(seconds=round((o.max_steps - step) * ms / 1000))
                 say(f"step {step - 1}/{o.max_steps} loss {nll:.4f}{terms} lr {lr:.1e} norm {norm:.2f} "
                     f"{ms:.0f} ms {speed:,.0f} tok/s depth {model.config.n_layer} trainable {millions:.1f}M "
-                    f"{ev.duration((o.max_steps - step) * ms / 1000)} left")  # fmt: skip
+                    f"{left} left")  # fmt: skip
 
         # --- measure, unless a run that was stopped here has done it
         if measures and not (evals and evals[-1]["step"] == step):

@@ -281,7 +281,7 @@ def test_clock_counts_training_only_and_goes_on_after_a_stop(text, tmp_path, mon
     assert [row["ms"] for row in timed if row["kind"] == "step"] == [10_000] * len(steps)
     assert [row["step"] for row in steps] == [0, 3, 6, 9]
     left = [line.split()[-2] for line in capsys.readouterr().out.splitlines() if line.endswith(" left")]
-    assert left == ["1:50", "1:20", "0:50", "0:20"]  # 11, 8, 5 and 2 steps
+    assert left == ["0:01:50", "0:01:20", "0:00:50", "0:00:20"]  # 11, 8, 5 and 2 steps
 
 
 def test_dreams_are_sampled_once(text, tmp_path, monkeypatch):
