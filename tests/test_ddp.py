@@ -138,7 +138,8 @@ def assert_close(one, two):
         q = b[key]
         if key.endswith("c_attn.bias"):  # softmax does not see the bias of the keys: its gradient is
             p, q = (torch.cat(t.chunk(3)[::2]) for t in (p, q))  # rounding, which AdamW blows up
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+        # A twentieth of one of AdamW's steps, which magnifies the rounding of gradients that are nearly zero.
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=5e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", RUNS)
