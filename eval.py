@@ -685,19 +685,18 @@ def load_networks(a, name):
         nets = nets[-1:]
     if a.share is not None and len(nets) == 1:
         raise UsageError("--share does nothing where one version is measured alone: leave it out")
-    a.share = a.share or 0.0
     return nets, a.block_size or context or model.config.block_size
 
 
 def measure_texts(a, name, nets, context, device, dtype):
     """A table of losses on the texts of --dataset: a row for each network, and one for all of them mixed."""
-    columns, windows = [], []
+    columns, windows, share = [], [], a.share or 0.0
     for text in a.texts:
         tokens = data.load(text, nets[-1].config.vocab_size, 2)[a.split]
-        columns.append(evaluate_together(nets, tokens, context, a.batch_size, a.windows, a.average, a.share))
+        columns.append(evaluate_together(nets, tokens, context, a.batch_size, a.windows, a.average, share))
         count = count_windows(len(tokens), context, a.windows)
         windows.append(f"{text}, {count:,} windows of {len(tokens):,} tokens")
-    how = protocol(a.split, context, device, dtype, a.average, a.share if len(nets) > 1 else None)
+    how = protocol(a.split, context, device, dtype, a.average, share if len(nets) > 1 else None)
     head = f"{name} on {'; '.join(windows)}; {how}:"
     if len(nets) == len(columns) == 1:
         return f"{head}\nloss {columns[0][0]:.4f}, perplexity {ppl(columns[0][0]):.4f}"
@@ -736,7 +735,7 @@ def main(argv):
             net.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if a.prompt is not None:
-                how = a.max_new_tokens, a.temperature, a.top_k, a.seed, a.share
+                how = a.max_new_tokens, a.temperature, a.top_k, a.seed, a.share or 0.0
                 print(sample(nets, a.prompt, *how))
             if a.lambada:
                 r = lambada(nets[-1])

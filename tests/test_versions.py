@@ -764,6 +764,12 @@ def test_options_of_versions_on_a_model_of_one(here):
             ev.main([str(here / "net"), option, "--prompt=x"])
 
 
+def test_models_with_and_without_versions_in_one_call(here, capsys):
+    for names in (["second", "net"], ["net", "second"]):
+        ev.main([*(str(here / name) for name in names), f"--dataset={here / 'old.txt'}", "--windows=2"])
+        assert capsys.readouterr().out.count("mixed with share 0") == 1
+
+
 def test_an_export_is_of_one_model(here):
     with pytest.raises(UserError, match="one model"):
         ev.main([str(here / "second"), str(here / "first"), "--version=0", f"--out={here / 'both'}"])
