@@ -291,7 +291,7 @@ def read_run(folder):
         raise UserError(f"{path}: no header row")
     if run["result"] and "versions" not in run["result"]:
         raise UserError(f"{path} is of an earlier program: run its command again, with a new --out")
-    return {"folder": str(folder), **run}
+    return {"folder": str(Path(folder)), **run}
 
 
 def unfinished(folder):
@@ -619,7 +619,7 @@ def arguments(argv):
         f"--share must be from 0 to 1, not {a.share}": not 0 <= (a.share or 0) <= 1,
         f"--alpha must be from 0 to 1, not {a.alpha}": not 0 <= (a.alpha or 0) <= 1,
         "--seed must be from 0 to 4294967295": not 0 <= a.seed < 2**32,
-        "--temperature must be 0 or at least 0.01": not (a.temperature == 0 or a.temperature >= 0.01),
+        "--temperature must be 0, or from 0.01 to 100": a.temperature and not 0.01 <= a.temperature <= 100,
         "--seed and --top_k do nothing with --temperature=0": not a.temperature
         and typed & {"--seed", "--top_k"},
         "--batch_size and --max_new_tokens must be 1 or more": min(a.batch_size, a.max_new_tokens) < 1,
@@ -738,8 +738,8 @@ def main(argv):
                 how = a.max_new_tokens, a.temperature, a.top_k, a.seed, a.share or 0.0
                 print(sample(nets, a.prompt, *how))
             if a.lambada:
-                r = lambada(nets[-1])
-                print(f"{name}, last version alone, on LAMBADA ({r['passages']:,} passages, last word): "
+                r, alone = lambada(nets[-1]), ", last version alone," if len(nets) > 1 else ""
+                print(f"{name}{alone} on LAMBADA ({r['passages']:,} passages, last word): "
                       f"accuracy {r['accuracy']:.4f}, perplexity {r['perplexity']:.2f}")  # fmt: skip
             if a.dataset:
                 print(measure_texts(a, name, nets, context, device, dtype))
@@ -755,7 +755,7 @@ def run_main(main):
     except (RuntimeError, MemoryError) as e:
         if not data.is_out_of_memory(e):
             raise
-        print("error: out of memory: give a smaller --batch_size", file=sys.stderr)
+        print("error: out of memory: use a smaller model or --batch_size", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

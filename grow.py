@@ -71,7 +71,7 @@ def placement(where, model, growth, max_growths):
 
     "spread" divides the original blocks into max_growths equal groups and puts one block after each (LLaMA
     Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom" always use the ends.
-    From the top down, for blocks below the lowest that trains need no backward: early growths are cheap."""
+    Both go from the top down: blocks below the lowest that trains need no backward, so growing is cheap."""
     if where == "top":
         return model.config.n_layer
     if where == "bottom":

@@ -222,7 +222,7 @@ def init_parameter(name, p, n_layer):
 
 
 def cross_entropy(logits, targets):
-    """The one loss: nats per token in float32, shaped as targets (...), 0 where the target is -1."""
+    """Nats per token in float32, shaped as targets (...), 0 where the target is -1."""
     logits = logits.float().flatten(0, -2)  # (N, V)
     loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
     return loss.view(targets.shape)

@@ -170,7 +170,7 @@ def parse(argv):
     values, typed = {}, vars(typed)
     for word in words:
         values |= PRESETS[word]
-    # Runs with different options get different folders: that of a preset is for the preset alone.
+    # Options that decide what is computed name the folder. That of a preset is for the preset alone.
     differs = "".join(f"-{name}={v}" for name, v in typed.items() if name not in MAY_CHANGE)
     if len(words) > 1 or differs or typed.keys() & {"dtype", "max_steps"}:
         values.pop("out", None)
@@ -208,6 +208,7 @@ def check(o, world=1):
         need(rows % world == 0, f"--{name}={rows} must be a multiple of the {world} processes")
     rows, grows, on_old = o.batch_size * o.grad_accum, o.max_growths > 0, o.kd_weight and o.kd_on == "retain"
     nearest = min(max(round(o.replay * rows), 1), rows - 1)
+    later = o.max_growths > 1 or o.first_growth != 0  # a growth behind step 0
     # fmt: off
     refused = {
         "--dataset must name a text: wikitext2, webtext, docs, code, headers or a file": o.dataset == "none",
@@ -223,7 +224,8 @@ def check(o, world=1):
         f"the first growth is due at step {o.starts_growing}, at or after --max_steps={o.max_steps}: lower "
         "--grow_every or --first_growth, or give --max_growths=0": grows and o.starts_growing >= o.max_steps,
         "a plateau needs evaluations within its patience and steps beyond it: --eval_every <= --patience < "
-        "--max_steps": grows and o.trigger == "plateau" and not o.eval_every <= o.patience < o.max_steps,
+        "--max_steps": grows and later and o.trigger == "plateau"
+            and not o.eval_every <= o.patience < o.max_steps,
     }
     # fmt: on
     for sentence, is_so in refused.items():
@@ -234,7 +236,7 @@ def check(o, world=1):
         "--trigger=schedule": ("grow_every", o.trigger == "schedule"),
         "--trigger=plateau": ("patience min_delta", grows and o.trigger == "plateau"),
         "a second growth": ("grow_every", o.max_growths > 1 or o.first_growth < 0),
-        "a growth behind step 0": ("patience min_delta", o.max_growths > 1 or o.first_growth),
+        "a growth behind step 0": ("patience min_delta", later),
         "--kd_weight": ("kd_temperature kd_on", o.kd_weight),
         "--kd_weight and --kd_on=retain or dream": ("kd_rows", o.distilled),
         "--kd_weight and --kd_on=dream": ("dreams", o.kd_weight and o.kd_on == "dream"),
@@ -302,8 +304,8 @@ def compare_options(o, stored):
     then, now = dict(stored), asdict(o)
     for values in (then, now) if not o.dropout else ():  # which is drawn for each micro-step
         accum = values.pop("grad_accum")
-        values["batch_size"] *= accum
-        values["kd_rows"] *= accum if o.distilled else 0
+        values["batch_size x grad_accum"] = accum * values.pop("batch_size")
+        values["kd_rows x grad_accum"] = (accum if o.distilled else 0) * values.pop("kd_rows")
     differs = differing(then, now)
     need(not differs, f"the run in {o.out} has {differs}: resume with those, or give another --out")
     steps = f"the run in {o.out} has --max_steps={stored['max_steps']}: resume with that"
@@ -334,7 +336,10 @@ def pretrain(o, world):
     p = dataclasses.replace(Options(**PRESETS["pretrain"]), device=o.device, compile=o.compile, resume="auto")
     p.presets = ["pretrain"]
     if not Path(o.init).exists():
-        check(p, world)
+        try:
+            check(p, world)
+        except UsageError as e:
+            raise UsageError(f"the demo's base, which `python train.py pretrain` makes alone: {e}") from e
         print(f"pretraining on {p.dataset}, once, into {PRETRAINED}", file=sys.stderr)
         stopped_by = train(p)
         if stopped_by:
@@ -507,12 +512,12 @@ def train(o):
     def refuse_non_finite(*numbers):
         if all(map(math.isfinite, numbers)):
             return
+        finer = "" if dtype == torch.float32 else ", or --resume with --dtype=float32"
         if step == 0:
-            raise UserError(f"the losses of {o.init} are not finite: it is damaged, or needs --dtype=float32")
+            raise UserError(f"the losses of {o.init} are not finite, in {o.dtype}: are its weights damaged?")
         raise UserError(
             f"a loss or the gradient norm is not finite at or before step {step - 1}: the run stops. "
-            f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run, or "
-            "--resume with --dtype=float32"
+            f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run{finer}"
         )
 
     @torch.no_grad()
@@ -538,7 +543,7 @@ def train(o):
     say("\n".join([f"options: {typed} (all of them are in {out}/metrics.jsonl)", *machine]))
     say(f"{log[0]['layers']} layers, {log[0]['parameters']:,} parameters; learn {o.dataset}, "
         f"{len(texts['learn']['train']):,} training tokens; retain {o.retain}")  # fmt: skip
-    windows = f"the first {o.eval_windows} windows" if o.eval_windows else "all windows"
+    windows = f"at most {o.eval_windows} windows" if o.eval_windows else "all windows"
     say(f"validation: {windows}, {ev.protocol('val', o.block_size, device, dtype)}")
     if o.init != "scratch" and not o.originals_never_train:
         until, how = "to the end", "to grow with --first_growth=0 and --freeze=base"
@@ -591,7 +596,7 @@ def train(o):
                 record("step", step=step - 1, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=finite_norm, ms=ms)
                 terms = (f" kd {kd:.4f}" if teacher else "") + (f" ewc {penalty:.2e}" if ewc else "")
                 speed, millions = 1000 * rows * o.block_size / ms, sizes()["trainable"] / 1e6
-                left = timedelta(seconds=round((o.max_steps - step) * ms / 1000))
+                left = timedelta(seconds=min(round((o.max_steps - step) * ms / 1000), 10**9))
                 say(f"step {step - 1}/{o.max_steps} loss {nll:.4f}{terms} lr {lr:.1e} norm {norm:.2f} "
                     f"{ms:.0f} ms {speed:,.0f} tok/s depth {model.config.n_layer} trainable {millions:.1f}M "
                     f"{left} left")  # fmt: skip
@@ -726,8 +731,9 @@ def smaller_batch(o, world):
     for k in range(2, o.batch_size + 1):
         if all(rows % (k * world) == 0 for rows in sizes.values()):
             smaller = {name: rows // k for name, rows in sizes.items()} | {"grad_accum": o.grad_accum * k}
-            how = "in a new run" if o.dropout else f"add --resume=auto --out={o.out}"
-            return f"{as_typed(smaller)} is the same global batch; {how}"
+            if not o.dropout:  # whose masks would be others
+                smaller |= {"resume": "auto", "out": o.out}
+            return f"the same global batch in less memory: {as_typed(smaller)}"
     fewer = ", or fewer --kd_rows," if o.distilled else ""
     return f"use a smaller --block_size{fewer} in a new run"
 

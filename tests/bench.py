@@ -266,7 +266,7 @@ def whole_card():
         words = shlex.split(f"{command} --out={out}")
         run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
         assert run.returncode == 0, run.stderr.strip().splitlines()[-1]
-        print(ev.report(ev.read_run(out)))
+        print(ev.summary(ev.read_run(out)))
 
     return step
 

@@ -594,6 +594,9 @@ ACCEPTED = {
     "network from scratch": SCRATCH,
     "one growth": dict(max_growths=1, grow_every=3),
     "one growth at its own step": dict(max_growths=1, first_growth=2, grow_every=None),
+    "a plateau that is not asked": dict(
+        PLATEAU, max_growths=1, first_growth=0, patience=None, min_delta=None
+    ),
 }
 
 

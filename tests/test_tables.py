@@ -200,6 +200,7 @@ def test_how_to_go_on_after_a_run(logs):
     assert printed.endswith(f"\nLearn one more and keep all: python train.py keep --seed=3 {more}\n")
     assert "Every version" not in printed_by(ev.main, logs["plain"])
     assert "keep all" not in printed_by(ev.main, logs["plain"])
+    assert ev.report(ev.read_run(f"{folder}/")) == ev.report(ev.read_run(folder))  # as a shell completes it
     elsewhere = ev.read_run(folder)
     elsewhere["header"]["typed"]["cache_dir"] = "a folder"
     said = ev.report(elsewhere)

@@ -299,9 +299,11 @@ def test_resume_refuses_what_would_change_the_run(text, tmp_path):
     distilled = dict(kd_weight=1.0, kd_on="retain", kd_rows=2, lr_schedule="cosine")
     o = options(text, tmp_path / "run", **distilled)
     train.main(argv(o))
-    for change, named in (({"kd_rows": 4}, "--kd_rows=2"), ({"seed": 1}, "--seed=0"),
-                          ({"batch_size": 8}, "--batch_size=4"), ({"max_steps": 14}, "--max_steps=12"),
-                          ({"batch_size": 2, "grad_accum": 2}, "--kd_rows=2")):  # fmt: skip
+    rows = "kd_rows x grad_accum 2"
+    for change, named in (({"kd_rows": 4}, f"{rows} .now 4"), ({"seed": 1}, "--seed=0"),
+                          ({"batch_size": 8}, "batch_size x grad_accum 4 .now 8"),
+                          ({"max_steps": 14}, "--max_steps=12"),
+                          ({"batch_size": 2, "grad_accum": 2}, f"{rows} .now 4")):  # fmt: skip
         with pytest.raises(UsageError, match=named):
             train.main(argv(dataclasses.replace(o, **change), "--resume"))
     smaller = dict(batch_size=2, grad_accum=2, kd_rows=1, log_every=7)
@@ -511,9 +513,7 @@ def test_out_of_memory_gives_the_same_global_batch(text, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="use a smaller --block_size in a new run"):
         train.main(arguments)
     arguments = command(options(text, tmp_path / "run", dropout=0.1))[2:]
-    with pytest.raises(
-        UserError, match="--batch_size=2 --grad_accum=2 is the same global batch; in a new run"
-    ):
+    with pytest.raises(UserError, match="the same global batch .*: --batch_size=2 --grad_accum=2$"):
         train.main(arguments)
 
 
@@ -528,10 +528,18 @@ def test_out_of_memory_is_known_by_all_its_names(text, tmp_path, monkeypatch, ra
 
     with pytest.raises(SystemExit):  # where nothing better is known, as in eval.py
         ev.run_main(fail)
-    assert capsys.readouterr().err == "error: out of memory: give a smaller --batch_size\n"
+    assert capsys.readouterr().err == "error: out of memory: use a smaller model or --batch_size\n"
     monkeypatch.setattr(torch, "save", fail)  # and no disk is full
-    with pytest.raises(UserError, match="out of memory: --batch_size=2"):
+    with pytest.raises(
+        UserError, match="out of memory: the same .*: --batch_size=2 --grad_accum=2 --resume=auto"
+    ):
         train.main(command(options(text, tmp_path / "run"))[2:])
+
+
+def test_the_time_left_may_be_very_long(text, tmp_path, monkeypatch):
+    on_step(monkeypatch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
+    o = options(text, tmp_path / "run", max_steps=10**17, max_growths=0, grow_every=500)
+    assert train.train(o) == 128 + signal.SIGTERM
 
 
 def test_with_dropout_a_run_goes_on_with_the_same_micro_steps(text, tmp_path):

@@ -723,7 +723,9 @@ def test_lambada_is_that_of_the_last_version(here, exports, monkeypatch, capsys)
             first = text.index(b" ")  # the last word begins with it
             with torch.no_grad():
                 nats += F.cross_entropy(net(ids).logits[0, first - 1 : -1], ids[0, first:], reduction="sum")
-        said.append(float(capsys.readouterr().out.rpartition("perplexity ")[2]))
+        printed = capsys.readouterr().out
+        assert ("last version alone" in printed) == (not words)
+        said.append(float(printed.rpartition("perplexity ")[2]))
         assert math.log(said[-1]) == pytest.approx(nats.item() / 2, abs=1e-4)
     assert said[0] != pytest.approx(said[1], rel=1e-2)
 
@@ -748,6 +750,8 @@ REFUSED = [
     (["--prompt=x", "--temperature=0", "--seed=1"], "nothing with --temperature=0"),
     (["--prompt=x", "--temperature=0", "--top_k=5"], "nothing with --temperature=0"),
     (["--prompt=x", "--temperature=1e-40"], "--temperature"),
+    (["--prompt=x", "--temperature=inf"], "--temperature"),
+    (["--prompt=x", "--temperature=nan"], "--temperature"),
     (["--prompt=x", "--seed=18446744073709551616"], "--seed"),
 ]
 
