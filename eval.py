@@ -405,6 +405,10 @@ def texts_learned(init, retain):
         return [] if retain == "none" else [retain]
 
 
+def as_typed(options, presets=()):
+    return shlex.join([*presets, *(f"--{name}={value}" for name, value in options.items())])
+
+
 def report(run):
     """A finished run in Markdown: printed when it ends, or by eval.py, and part of its card."""
     folder, typed = shlex.quote(run["folder"]), run["header"]["typed"]
@@ -427,8 +431,9 @@ Text from the model: python eval.py {folder} --prompt='Once upon a time'{cache}"
         options = typed | {"init": f"{run['folder']}/model", "dataset": "headers"}
         options |= {"retain": run["header"]["config"]["dataset"], "out": f"{run['folder']}-headers"}
         options.pop("resume", None)
-        words = [*run["header"]["presets"], *(f"--{name}={value}" for name, value in options.items())]
-        text += f"\nLearn one more and keep all: {shlex.join(['python', 'train.py', *words])}"
+        text += (
+            f"\nLearn one more and keep all: python train.py {as_typed(options, run['header']['presets'])}"
+        )
     return text
 
 

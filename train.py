@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -153,7 +152,7 @@ MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_
 def parse(argv):
     """Command line -> Options: presets, then options. Raises UsageError, one sentence."""
     words, fields = list(itertools.takewhile(PRESETS.__contains__, argv)), dataclasses.fields(Options)
-    presets = "\n".join(f"  {name}: {as_typed(v) or 'the defaults'}" for name, v in PRESETS.items())
+    presets = "\n".join(f"  {name}: {ev.as_typed(v) or 'the defaults'}" for name, v in PRESETS.items())
     p = ev.Parser("train.py", usage="python train.py [preset ...] [--option=value ...]", description=__doc__)
     p.epilog = f"presets:\n{presets}"
     for f in fields:
@@ -182,10 +181,6 @@ def parse(argv):
     o = Options(**values)
     o.presets, o.typed = words, typed
     return o
-
-
-def as_typed(values, presets=()):
-    return shlex.join([*presets, *(f"--{name}={v}" for name, v in values.items())])
 
 
 def need(condition, sentence):
@@ -336,11 +331,10 @@ def pretrain(o, world):
     p = dataclasses.replace(Options(**PRESETS["pretrain"]), device=o.device, compile=o.compile, resume="auto")
     p.presets = ["pretrain"]
     if not Path(o.init).exists():
-        try:
-            check(p, world)
-        except UsageError as e:
-            raise UsageError(f"the demo's base, which `python train.py pretrain` makes alone: {e}") from e
-        print(f"pretraining on {p.dataset}, once, into {PRETRAINED}", file=sys.stderr)
+        print(
+            f"pretraining on {p.dataset}, once, into {PRETRAINED}: python train.py pretrain", file=sys.stderr
+        )
+        check(p, world)
         stopped_by = train(p)
         if stopped_by:
             sys.exit(stopped_by)
@@ -466,7 +460,7 @@ def train(o):
 
     params, optimizer, ddp, step_flops = rebuild()
     step, flops, train_seconds, log = 0, 0, 0.0, []
-    command = f"python train.py {as_typed(o.typed, o.presets)}".strip()
+    command = f"python train.py {ev.as_typed(o.typed, o.presets)}".strip()
     started = {"command": command, "presets": o.presets, "typed": o.typed}
     if saved:
         step, flops, train_seconds, log = (saved[k] for k in ("step", "flops", "train_seconds", "log"))
@@ -501,6 +495,17 @@ def train(o):
         eval_rows = max(eval_rows, min(4 * o.batch_size, 4096 // o.block_size))
     probe = next(ev.window_batches(texts["learn"]["val"], o.block_size, eval_rows, eval_rows))[1].to(device)
 
+    def refuse_non_finite(*numbers):
+        if all(map(math.isfinite, numbers)):
+            return
+        if step == 0:
+            raise UserError(f"the losses of {o.init} are not finite: give an --init whose weights are whole")
+        finer = "" if dtype == torch.float32 else ", or --resume with --dtype=float32"
+        raise UserError(
+            f"a loss or the gradient norm is not finite at or before step {step - 1}: the run stops. "
+            f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run{finer}"
+        )
+
     def measure():
         """Validation losses of both texts, in nats per token."""
         args = o.block_size, eval_rows, o.eval_windows
@@ -508,17 +513,6 @@ def train(o):
             found = {key: text and ev.evaluate(model, text["val"], *args) for key, text in texts.items()}
         refuse_non_finite(*(loss for loss in found.values() if loss is not None))
         return found
-
-    def refuse_non_finite(*numbers):
-        if all(map(math.isfinite, numbers)):
-            return
-        finer = "" if dtype == torch.float32 else ", or --resume with --dtype=float32"
-        if step == 0:
-            raise UserError(f"the losses of {o.init} are not finite, in {o.dtype}: are its weights damaged?")
-        raise UserError(
-            f"a loss or the gradient norm is not finite at or before step {step - 1}: the run stops. "
-            f"{out}/ckpt.pt is from before; try a lower --lr or more --warmup_steps in a new run{finer}"
-        )
 
     @torch.no_grad()
     def probe_logits():
@@ -539,7 +533,7 @@ def train(o):
             tokens={key: {k: len(ids) for k, ids in (text or {}).items()} for key, text in texts.items()},
             sha256=text_sha256,
         )  # fmt: skip
-    typed = as_typed(o.typed) or "as the preset has them"
+    typed = ev.as_typed(o.typed) or "as the preset has them"
     say("\n".join([f"options: {typed} (all of them are in {out}/metrics.jsonl)", *machine]))
     say(f"{log[0]['layers']} layers, {log[0]['parameters']:,} parameters; learn {o.dataset}, "
         f"{len(texts['learn']['train']):,} training tokens; retain {o.retain}")  # fmt: skip
@@ -733,7 +727,7 @@ def smaller_batch(o, world):
             smaller = {name: rows // k for name, rows in sizes.items()} | {"grad_accum": o.grad_accum * k}
             if not o.dropout:  # whose masks would be others
                 smaller |= {"resume": "auto", "out": o.out}
-            return f"the same global batch in less memory: {as_typed(smaller)}"
+            return f"the same global batch in less memory: {ev.as_typed(smaller)}"
     fewer = ", or fewer --kd_rows," if o.distilled else ""
     return f"use a smaller --block_size{fewer} in a new run"
 
