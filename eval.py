@@ -431,9 +431,8 @@ Text from the model: python eval.py {folder} --prompt='Once upon a time'{cache}"
         options = typed | {"init": f"{run['folder']}/model", "dataset": "headers"}
         options |= {"retain": run["header"]["config"]["dataset"], "out": f"{run['folder']}-headers"}
         options.pop("resume", None)
-        text += (
-            f"\nLearn one more and keep all: python train.py {as_typed(options, run['header']['presets'])}"
-        )
+        words = as_typed(options, run["header"]["presets"])
+        text += f"\nLearn one more and keep all: python train.py {words}"
     return text
 
 

@@ -331,9 +331,7 @@ def pretrain(o, world):
     p = dataclasses.replace(Options(**PRESETS["pretrain"]), device=o.device, compile=o.compile, resume="auto")
     p.presets = ["pretrain"]
     if not Path(o.init).exists():
-        print(
-            f"pretraining on {p.dataset}, once, into {PRETRAINED}: python train.py pretrain", file=sys.stderr
-        )
+        print(f"pretraining on {p.dataset}, once, into {PRETRAINED}", file=sys.stderr)
         check(p, world)
         stopped_by = train(p)
         if stopped_by:
