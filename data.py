@@ -1,10 +1,9 @@
 """Files, tokens and batches.
 
-Four ideas, in the order of this file. A file from the network is believed only after its size and, where one
-is published, its sha256 agree with what is written here. A checkpoint is written beside the old one and then
-renamed, so that one of them is always whole. A text is tokenised once, into a file named by the text's
-sha256. A batch is a pure function of (seed, step): a run that resumes has no reader position to restore, and
-N processes that each take their share of the rows see the batch of one."""
+A file from the network is believed only after its size and, where one is published, its sha256 agree. A
+checkpoint is written aside and renamed, so that one of them is always whole. A text is tokenised once, into a
+file named by the text's sha256. A batch is a pure function of (seed, step): a run that resumes has no reader
+position to restore, and N processes that each take their share of the rows see the batch of one."""
 
 import contextlib
 import functools
@@ -13,7 +12,6 @@ import json
 import os
 import sys
 import sysconfig
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -30,21 +28,11 @@ except ImportError:  # Windows: two processes at once would fetch it twice
 class UserError(ValueError):
     """Something the user can put right: programs print it as one sentence. Bugs keep their traceback."""
 
-    status = 1  # of the exit
-
-
-class UsageError(UserError):
-    """A command line that makes no sense: found before anything is downloaded or computed."""
-
-    status = 2
-
 
 def is_out_of_memory(e):
     """torch says so in several ways, with the device and the allocator."""
-    said = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(e, MemoryError) or (
-        isinstance(e, RuntimeError) and any(text in str(e) for text in said)
-    )
+    phrases = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(e, MemoryError) or any(phrase in str(e) for phrase in phrases)
 
 
 # ----- Fetching -----
@@ -52,22 +40,15 @@ def is_out_of_memory(e):
 
 @functools.cache
 def cache_dir():
-    """The one folder for downloads, tokens, and ranks' kernels. Printed at first use."""
+    """The one folder for downloads and tokens. Printed at first use."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(os.environ.get("GROWING_GPT_CACHE") or f"{caches}/growing-gpt").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()  # found now rather than after a download
     except OSError as e:
-        raise UserError(f"cannot write to the cache {path} ({e.strerror}): give another --cache_dir") from e
+        raise UserError(f"cannot write to {path} ({e.strerror}): set GROWING_GPT_CACHE to a folder") from e
     print(f"cache folder: {path}", file=sys.stderr)
     return path
-
-
-def set_cache_dir(path):
-    if path:
-        os.environ["GROWING_GPT_CACHE"] = path
-        cache_dir.cache_clear()
 
 
 def lock(path, wait=True):
@@ -105,77 +86,56 @@ def length(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def fault(path, size=None, sha256=None):
-    """What is wrong with a file, as a phrase, or None."""
-    if not path.exists():
-        return "is missing"
-    if size is not None and length(path) != size:
-        return f"has {length(path):,} bytes instead of {size:,}"
-    if sha256 is not None:
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                return "has the wrong sha256"
+def is_right(path, size, sha256=None):
+    """Whether a file has this size and, where one is published, this sha256."""
+    if length(path) != size or sha256 is None:
+        return length(path) == size
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() == sha256
 
 
-def fetch(urls, path, size=None, sha256=None, remedy=None):
-    """Return `path`, downloaded from the first of `urls` that delivers `size` bytes with this `sha256`.
+def fetch(urls, path, size, sha256=None):
+    """Return `path`, downloaded from the first of `urls` that delivers what is right.
 
     A right file that is there already (put by hand, say) needs no network. What has arrived is kept in
-    PATH.part and continued; only a verified file gets its name. UserError begins with the remedy."""
+    PATH.part and continued; only a verified file gets its name."""
     path, part, tried = Path(path), Path(f"{path}.part"), []
-    try:
-        wrong = fault(path, size, sha256)
-        if wrong is None:
+    if is_right(path, size, sha256):
+        return path
+    with lock(Path(f"{path}.lock")):
+        if is_right(path, size, sha256):  # another process fetched it while we waited
             return path
-        tried.append(f"{path} {wrong}")
-        with lock(Path(f"{path}.lock")):
-            if fault(path, size, sha256) is None:  # another process fetched it while we waited
-                return path
-            for url in urls:
-                for _ in range(4):
-                    had = length(part)
-                    reason = _download(url, part, size, sha256)
-                    if reason is None:
-                        os.replace(part, path)
-                        return path
-                    if length(part) == had:  # else there is more of it, or a wrong part is gone: once more
-                        break
-                tried.append(f"{url}: {reason}")
-    except OSError as e:
-        tried.append(f"{e.strerror or e}")
-    if remedy is None:
-        remedy = f"check the network, or put {path.name} into {path.parent} by hand: "
-    raise UserError(f"{remedy}could not fetch {path.name} into {path.parent} ({'; '.join(tried)})")
+        for url in [url for url in urls for _ in range(2)]:  # twice: what broke off is continued
+            try:
+                download(url, part, size)
+                if is_right(part, size, sha256):
+                    os.replace(part, path)
+                    return path
+                tried.append(f"{url}: {length(part):,} bytes that are not the file's")
+                part.unlink()
+            except requests.RequestException as e:
+                status = f", HTTP status {e.response.status_code}" if e.response is not None else ""
+                tried.append(f"{url}: {type(e).__name__}{status}, after {length(part):,} bytes")
+    by_hand = f"check the network, or put the file there by hand, {size:,} bytes"
+    raise UserError(f"cannot fetch {path} ({'; '.join(tried)}): {by_hand}")
 
 
-def _download(url, part, size, sha256):
-    """Add to `part` the bytes that it lacks; return None if it is right then, or what went wrong."""
+def download(url, part, size):
+    """Add to the file `part` the bytes that it lacks."""
     have = length(part)
-    headers = {"User-Agent": "growing-gpt/1.0", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as r:
-            whole = have and r.status_code == 416  # nothing follows what we have: is it right?
-            if not (r.ok or whole):
-                return f"HTTP status {r.status_code}"
-            resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            with open(part, "ab" if resumed or whole else "wb") as f:
-                for chunk in [] if whole else r.iter_content(1 << 16):
-                    f.write(chunk)
-                    total = f" of {size / 1e6:.0f}" if size else ""
-                    print(f"\r{part.stem}: {f.tell() / 1e6:.1f}{total} MB", end="", file=sys.stderr)
-                    if size is not None and f.tell() > size:
-                        break
-    except requests.TooManyRedirects:
-        return "redirects without end"
-    except requests.RequestException as e:
-        return f"{type(e).__name__} after {length(part):,} bytes"
+    headers = {"User-Agent": "growing-gpt/1.0", "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as r:
+        if have and r.status_code == 416:  # nothing follows what we have
+            return
+        r.raise_for_status()
+        resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        with open(part, "ab" if resumed else "wb") as f:
+            for chunk in r.iter_content(1 << 16):
+                f.write(chunk)
+                print(f"\r{part.stem}: {f.tell() / 1e6:.1f} of {size / 1e6:.1f} MB", end="", file=sys.stderr)
+                if f.tell() > size:
+                    break
     print(file=sys.stderr)
-    wrong = fault(part, size, sha256)
-    if wrong is not None:
-        part.unlink()
-    return wrong
 
 
 def sha256(arrays):
@@ -188,7 +148,7 @@ def sha256(arrays):
 
 # ----- What a run writes and reads again -----
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 
 
 def save_checkpoint(path, value):
@@ -200,16 +160,13 @@ def save_checkpoint(path, value):
     except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
         if is_out_of_memory(e):
             raise
-        reason = e.strerror if isinstance(e, OSError) else "the disk may be full"
-        then = "the one before is intact, use --resume" if path.exists() else "give another --out"
-        raise UserError(f"cannot write {path} ({reason}): {then}") from e
+        raise UserError(f"cannot write {path} ({e}): what was there is intact, make room and --resume") from e
 
 
 def load_checkpoint(path):
     """What was saved, on the CPU; never code. Raises UserError that names the file and its fault."""
     try:
-        with zipfile.ZipFile(path) as z:  # torch does not check the checksums that it writes, and it takes
-            # an entry that a flipped bit marks as a folder for an empty tensor
+        with zipfile.ZipFile(path) as z:  # torch checks neither checksums nor a bit that makes it a folder
             if z.testzip() or any(entry.external_attr for entry in z.infolist()):
                 raise ValueError("a checksum or an attribute is wrong")
         value = torch.load(path, map_location="cpu", weights_only=True)
@@ -219,16 +176,12 @@ def load_checkpoint(path):
         raise UserError(f"{path}: damaged ({(str(e) or type(e).__name__).splitlines()[0]})") from e
     found = value.get("version") if isinstance(value, dict) else None
     if found != CHECKPOINT_VERSION:
-        raise UserError(
-            f"{path} has format {found}, and only {CHECKPOINT_VERSION} can be resumed: to go on from its "
-            f"network, give --init={Path(path).parent / 'model'} and another --out"
-        )
+        raise UserError(f"{path} has format {found}, and only {CHECKPOINT_VERSION} can be resumed")
     return value
 
 
 def write_jsonl(path, rows, mode):
-    """Write ("w") or append ("a") rows, a JSON object a line. Strict JSON: a bug's NaN or Infinity raises
-    ValueError, and the file stays as it is."""
+    """Write ("w") or append ("a") rows, a strict JSON object a line: NaN raises ValueError, unwritten."""
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     with open(path, mode) as f:
         f.writelines(lines)
@@ -243,15 +196,6 @@ def read_jsonl(path):
         except ValueError as e:
             raise UserError(f"{path}, line {number}: not JSON ({e})") from e
     return rows
-
-
-def lock_run(out):
-    """Make a run's folder and lock RUN/lock, which is returned, open."""
-    out = Path(out).absolute()
-    try:
-        return lock(out / "lock", wait=False)
-    except OSError as e:
-        raise UserError(f"cannot write to {out} ({e.strerror}): give another --out") from e
 
 
 # ----- Tokenizers: the vocabulary size of a model says which; in both the last id is <|endoftext|> -----
@@ -269,12 +213,10 @@ TOKENIZER_FILES = {
 def tokenizer_files():
     """{'vocab.bpe': path, 'encoder.json': path}, where and under the names that tiktoken looks for them."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    folder = Path(folder or cache_dir() / "tiktoken")
-    paths = {name: folder / hashlib.sha1((ENCODINGS + name).encode()).hexdigest() for name in TOKENIZER_FILES}
-    remedy = f"check the network, or put {' and '.join(paths)} from {ENCODINGS} into a folder, named "
-    remedy += f"{' and '.join(p.name for p in paths.values())} and set TIKTOKEN_CACHE_DIR to it: "
-    for name, path in paths.items():
-        fetch([ENCODINGS + name], path, *TOKENIZER_FILES[name], remedy)
+    folder, paths = Path(folder or cache_dir() / "tiktoken"), {}
+    for name, (size, sha256) in TOKENIZER_FILES.items():
+        url = ENCODINGS + name
+        paths[name] = fetch([url], folder / hashlib.sha1(url.encode()).hexdigest(), size, sha256)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     return paths
 
@@ -320,46 +262,24 @@ WIKITEXT_URLS = [
     "https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
 ]
 WIKITEXT_ZIP = (4_721_645, "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11")
-WIKITEXT_FILES = {  # split: the archive's name of it, sha256
-    "train": ("train", "6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57"),
-    "val": ("valid", "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7"),
-    "test": ("test", "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"),
-}
 WEBTEXT_BYTES = {"valid": 13_622_302, "test": 13_478_245}  # OpenAI publishes no hash of these
-LAMBADA = (1_819_752, "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226")
 
 
 def wikitext2():
     path = fetch(WIKITEXT_URLS, cache_dir() / "wikitext-2-raw-v1.zip", *WIKITEXT_ZIP)
-    texts = {}
-    with zipfile.ZipFile(path) as z:  # members are read by exact name; nothing is extracted
-        for split, (name, sha256) in WIKITEXT_FILES.items():
-            raw = z.read(f"wikitext-2-raw/wiki.{name}.raw")
-            if hashlib.sha256(raw).hexdigest() != sha256:
-                raise UserError(f"wiki.{name}.raw in {path} has the wrong sha256")
-            texts[split] = raw.decode("utf-8")
-    return texts
-
-
-def openai_texts(address, size, sha256=None):
-    """The texts in one of OpenAI's files of JSON, one a line."""
-    path = fetch([OPENAI + address], cache_dir() / Path(address).name, size, sha256)
-    rows = read_jsonl(path)
-    if not all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows):
-        raise UserError(f"{path}: a row without a text")
-    return [row["text"] for row in rows]
+    names = {"train": "train", "val": "valid", "test": "test"}
+    with zipfile.ZipFile(path) as z:
+        return {split: z.read(f"wikitext-2-raw/wiki.{name}.raw").decode() for split, name in names.items()}
 
 
 def webtext():
     """GPT-2's own held-out distribution: its validation set to train on, its test set to measure with."""
-    names = {split: f"output-dataset/v1/webtext.{split}.jsonl" for split in WEBTEXT_BYTES}
-    valid, test = (EOT.join(openai_texts(names[split], size)) for split, size in WEBTEXT_BYTES.items())
-    return {"train": valid, "val": test, "test": test}
-
-
-def lambada():
-    """The 5,153 passages of OpenAI's LAMBADA test, each a text whose last word is to be guessed."""
-    return openai_texts("data/lambada_test.jsonl", *LAMBADA)
+    texts = []
+    for name, size in WEBTEXT_BYTES.items():
+        file = f"webtext.{name}.jsonl"
+        path = fetch([f"{OPENAI}output-dataset/v1/{file}"], cache_dir() / file, size)
+        texts.append(EOT.join(row["text"] for row in read_jsonl(path)))
+    return {"train": texts[0], "val": texts[1], "test": texts[1]}
 
 
 def docs():
@@ -379,8 +299,6 @@ def headers():
     """The headers of torch's C++ interface, which every install brings: about a megabyte."""
     folder = Path(torch.__file__).parent / "include/torch/csrc/api/include"
     files = sorted(folder.rglob("*.h"))
-    if not files:
-        raise UserError(f"this torch has no headers in {folder}: give another --dataset")
     return _split(_shuffled_pieces(path.read_text("utf-8", "replace") for path in files))
 
 
@@ -396,20 +314,24 @@ def _shuffled_pieces(texts, size=2000):
     return sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode("utf-8", "replace")).digest())
 
 
-def own_text(name):
+def find_files(name):
     """A user's file, or every .txt, .md and .py file below a folder in the order of their paths."""
     path = Path(name).absolute()
-    if not path.exists():
-        known = f"give one of {', '.join(BUILT_IN)}, a .txt file, or a folder"
-        raise UsageError(f"no data set {name!r}, and no file {path}: {known}")
-    found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in found if p == path or p.suffix in (".txt", ".md", ".py")]
+    if not name or not path.exists():
+        raise UserError(f"no text {path}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
+    if path.is_file():
+        return [path]
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in (".txt", ".md", ".py")]
     if not files:
-        raise UsageError(f"{path} has {len(found)} files, but none of those that are read: .txt, .md, .py")
+        raise UserError(f"{path} has no files of those that are read: .txt, .md, .py")
+    return files
+
+
+def own_text(name):
     texts = []
-    for file in files:
+    for file in find_files(name):
         try:
-            texts.append(file.read_bytes().decode("utf-8"))
+            texts.append(file.read_bytes().decode())
         except UnicodeDecodeError as e:
             raise UserError(f"{file} is not UTF-8 at byte {e.start}: convert it first") from e
     return _split(texts)
@@ -426,48 +348,39 @@ BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": co
 
 
 def check_name(name):
-    """Refuse a data set that is neither built in nor a text here, before anything is downloaded."""
-    if not name:
-        raise UsageError(f"a data set without a name: give one of {', '.join(BUILT_IN)}, a file or a folder")
+    """Refuse a text that is neither built in nor here, before anything is downloaded."""
     if name not in BUILT_IN:
-        own_text(name)
+        find_files(name)
     elif Path(name).exists():
         print(f"{name} is the built-in text: to take what is here, write ./{name}", file=sys.stderr)
 
 
 def load(name, vocab_size, block_size):
-    """{'train', 'val', 'test'} -> uint16 ids of the whole split, (N,). UserError if the text is too short."""
+    """{'train', 'val', 'test'} -> uint16 ids of the whole split, (N,); None for the name "none". Raises
+    UserError if the text is too short."""
+    if name == "none":
+        return None
     texts = BUILT_IN[name]() if name in BUILT_IN else own_text(name)
     tokens = {split: tokens_of(text, vocab_size) for split, text in texts.items()}
     for split, need in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
         if len(tokens[split]) < need:
-            lines = "".join(texts.values()).strip("\n")
-            one = "" if "\n" in lines else ", and this one has one line"
             raise UserError(
                 f"{name} is too short: its {split} split has {len(tokens[split]):,} tokens and needs "
-                f"{need:,} or more at --block_size={block_size}. A text is split at line ends, 90/5/5{one}"
+                f"{need:,} or more at --block_size={block_size} (a text is split at line ends, 90/5/5)"
             )
     return tokens
 
 
 def tokens_of(text, vocab_size):
-    """The ids of a text, (N,) uint16, from the file made of this very text earlier or made now.
-
-    The file's name says what it was made from. It begins with the sha256, 32 bytes, of its name and its ids,
-    which follow, little-endian."""
+    """The ids of a text, (N,) uint16, from the file made of this very text earlier or made now. The file is
+    named by the tokenizer and the text's sha256, and is whole, for it gets its name last."""
     source = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    path = cache_dir() / "tokens" / f"{tokenizer_name(vocab_size)}-{source}.bin"
-    seal = lambda ids: hashlib.sha256(path.name.encode() + ids).digest()
+    path = cache_dir() / "tokens" / f"{tokenizer_name(vocab_size)}-{source}.uint16"
     with lock(Path(f"{path}.lock")):
-        raw = path.read_bytes() if path.exists() else b""
-        if raw[:32] != seal(raw[32:]):
-            if path.exists():
-                print(f"{path} is damaged: tokenising again", file=sys.stderr)
-            ids = encode(text, vocab_size).astype("<u2").tobytes()
-            raw = seal(ids) + ids
+        if not path.exists():
             with replacing(path) as f:
-                f.write(raw)
-    return np.frombuffer(raw, "<u2", offset=32)
+                f.write(encode(text, vocab_size).astype("<u2"))
+    return np.fromfile(path, "<u2")
 
 
 # ----- Batches -----

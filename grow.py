@@ -9,7 +9,7 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
     block = insert_block(model, at=12)      # the network is one deeper and computes the same
     freeze(model, "base")                   # only what was inserted trains
     teacher = original(model)               # the network that it was, sharing every tensor
-    mix(losses)                             # predicting with both, each weighed by how well it did so far
+    mix(losses)                             # predicting with both, each as far as it has been right
 """
 
 import math
@@ -79,8 +79,7 @@ def placement(where, model, growth, max_growths):
     if where.isdecimal():
         return int(where)
     if where not in ("spread", "upper"):
-        last = model.config.n_layer
-        raise UserError(f"unknown place {where!r}: give spread, upper, top, bottom, or an index, 0 to {last}")
+        raise UserError(f"unknown place {where!r}: give spread, upper, top, bottom, or an index")
     old = originals(model)
     span = len(old) if where == "spread" else len(old) / 2
     below = round(len(old) - growth * span / max_growths)  # originals that stay below the new block
@@ -96,18 +95,16 @@ def freeze(model, policy):
     base    only grown blocks train: embeddings, original blocks and final norm keep their values for ever
     older   only the newest generation trains
     none    everything trains
-    topN    only the N highest original blocks and grown blocks train (a control without growth)
-    """
+    topN    only the N highest original blocks and grown blocks train (a control without growth)"""
     generation, old, new = model.config.generation, originals(model), grown(model)
-    top = int(policy[3:]) if policy.startswith("top") and policy[3:].isdecimal() else 0
     if policy == "base":
         trains = new
     elif policy == "older":
         trains = [i for i in new if generation[i] == max(generation)]
     elif policy == "none":
         trains = range(model.config.n_layer)
-    elif 0 < top <= len(old):
-        trains = old[-top:] + new
+    elif policy in [f"top{n}" for n in range(1, len(old) + 1)]:
+        trains = old[-int(policy.removeprefix("top")) :] + new
     else:
         raise UserError(f"unknown freeze policy {policy!r}: give base, older, none, or top1 to top{len(old)}")
     model.requires_grad_(policy == "none" or not trains)  # base and older freeze nothing before a growth
@@ -127,7 +124,6 @@ def trainable(model):
 
 def version(model, g):
     """The network of the blocks up to generation `g`, as a GPT that shares every tensor with `model`.
-
     `g` is one of config.versions, the networks that are still inside as they were, or the newest
     generation, which is the model itself. Raises UserError otherwise."""
     c = model.config
@@ -164,8 +160,10 @@ def shared_blocks(nets):
     """How many blocks, from the bottom up, all networks have in common: these need computing only once."""
     if any(net.wte is not nets[0].wte for net in nets):
         return 0
-    common = [all(block is blocks[0] for block in blocks) for blocks in zip(*(net.h for net in nets))]
-    return [*common, False].index(False)
+    for i, blocks in enumerate(zip(*(net.h for net in nets))):
+        if any(block is not blocks[0] for block in blocks):
+            return i
+    return min(len(net.h) for net in nets)
 
 
 def run_together(nets, idx, first=0):
@@ -229,7 +227,6 @@ def scheduled(step, first, every):
 
 def plateau(evals, patience, min_delta, grown=0):
     """Due when the loss has not fallen by more than `min_delta` nats for `patience` steps.
-
     evals: [(step, validation loss in nats)], in order. The rule of torch.optim.lr_scheduler.ReduceLROnPlateau
     (mode min, threshold_mode abs), counted in steps instead of calls; NaN is never better. Patience is also
     counted from step `grown` of the last growth, so that a new block has time to prove itself."""
@@ -240,13 +237,26 @@ def plateau(evals, patience, min_delta, grown=0):
     return bool(evals) and evals[-1][0] - max(improved, grown) >= patience
 
 
+def is_due(o, step, evals, events):
+    """Asked at each step of a run with options `o`, after its evaluation. `evals` and `events` are rows of
+    its log, so that a run that was stopped grows where another would."""
+    grown_at = events[-1]["step"] if events else -1
+    if not o.starts_growing <= step < o.max_steps or len(events) == o.max_growths or grown_at == step:
+        return False
+    if o.trigger == "schedule":
+        return scheduled(step, o.starts_growing, o.grow_every)
+    if step == 0:  # there is no plateau yet, but --first_growth=0 means that the originals never train
+        return o.first_growth == 0
+    history = [(e["step"], e["learn"]) for e in evals if e["step"] % o.eval_every == 0]
+    return step % o.eval_every == 0 and plateau(history, o.patience, o.min_delta, grown_at)
+
+
 # ----- The optimizer over growth -----
 
 
 def make_optimizer(model, lr, weight_decay, previous=None):
     """AdamW over what trains now; matrices and embeddings decay. What `previous` knew of a parameter that
     still trains (its moments, its step) is carried over; a new block starts fresh.
-
     The key is the parameter itself: positions, by which torch's own state_dict goes, shift when a block is
     inserted."""
     params = trainable(model)
@@ -276,13 +286,10 @@ def load_optimizer_state(model, optimizer, state):
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
-    """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats.
-
-    Logits: (..., V). The factor T^2 keeps the size of its gradient independent of T (Hinton et al., 2015,
-    section 2)."""
-    V = student_logits.size(-1)
-    student = F.log_softmax(student_logits.float().view(-1, V) / temperature, -1)
-    teacher = F.log_softmax(teacher_logits.float().view(-1, V) / temperature, -1)
+    """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats; logits (..., V).
+    The factor T^2 keeps the size of its gradient independent of T (Hinton et al., 2015, section 2)."""
+    student = F.log_softmax(student_logits.float().flatten(0, -2) / temperature, -1)  # (N, V)
+    teacher = F.log_softmax(teacher_logits.float().flatten(0, -2) / temperature, -1)  # (N, V)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
@@ -314,21 +321,16 @@ class EWC:
 
     def penalty(self, model):
         """Scalar, over the original parameters of `model` that still train: few launches for all of them."""
-        named = dict(self.weighs(model))
+        named = {n: p for n, p in original_parameters(model) if p.requires_grad}
         if not named:
             return torch.zeros((), device=model.wte.weight.device)
         moved = torch._foreach_sub(list(named.values()), [self.anchor[n] for n in named])
         terms = torch._foreach_mul(torch._foreach_mul(moved, moved), [self.fisher[n] for n in named])
         return torch.stack(torch._foreach_norm(terms, 1)).sum() / 2  # none is negative: the norm is the sum
 
-    def weighs(self, model):
-        """(name, parameter) of every original that still trains: an empty list where all are frozen."""
-        return [(n, p) for n, p in original_parameters(model) if p.requires_grad and n in self.anchor]
-
 
 def sample_dreams(model, rows, T, seed):
-    """Text that `model` samples itself, `rows` rows of T tokens, each from <|endoftext|> on.
-
+    """Text that `model` samples itself, `rows` rows of T tokens, each from <|endoftext|> on: ids
     (rows * T + 1,) uint16, the same on every process."""
     device, end = model.wte.weight.device, model.config.vocab_size - 1
     generator = torch.Generator(device).manual_seed(seed)
@@ -354,7 +356,6 @@ def original_parameters(model):
 
 class Objective(nn.Module):
     """The losses of one micro-batch, as a module so that DistributedDataParallel can wrap it.
-
     forward(x (B + K, T), y (B, T)) -> next-token loss and distillation loss, both in nats per token. The
     last K rows of x have no targets: the network is only distilled on them. With K = 0 it is distilled on
     x itself, without a teacher not at all."""
@@ -362,39 +363,43 @@ class Objective(nn.Module):
     def __init__(self, model, teacher=None, temperature=1.0):
         super().__init__()
         self.model, self.teacher, self.temperature = model, teacher, temperature
+        self.compiled = False
 
     def forward(self, x, y):
         B = len(y)
         if self.teacher is None:
-            return self.losses(self.model.run(self.model.embed(x)), None, y)
+            return self.losses(self.model.run(self.model.embed(x)), y=y)
         if len(x) == B:
-            target, hidden = run_together([self.teacher, self.model], x)
-            return self.losses(hidden, target, y)
-        target, hidden = run_together([self.teacher, self.model], x, first=B)
-        return self.losses(hidden[:B], None, y)[0], self.losses(hidden[B:], target, None)[1]
+            target, hidden = run_together([self.teacher, self.model], x)  # (B, T, C) each
+            return self.losses(hidden, y=y, target=target)
+        target, hidden = run_together([self.teacher, self.model], x, first=B)  # (K, T, C), (B + K, T, C)
+        nll, _ = self.losses(hidden[:B], y=y)
+        _, kd = self.losses(hidden[B:], target=target)
+        return nll, kd
 
-    def losses(self, hidden, target, y):
-        """Of rows with targets y (B, T), or a teacher's last output (B, T, C), or both."""
-        logits, zero = self.model.head(hidden).float(), torch.zeros((), device=hidden.device)
-        nll = zero if y is None else cross_entropy(logits, y).mean()
-        if target is None:
-            return nll, zero
-        with torch.no_grad():
-            teacher_logits = self.teacher.head(target)
-        return nll, distillation_loss(logits, teacher_logits, self.temperature)
+    def losses(self, hidden, y=None, target=None):
+        """Of rows with targets y (B, T), or a teacher's last output (B, T, C), or both; else 0."""
+        logits = self.model.head(hidden).float()  # (B, T, V)
+        nll = kd = torch.zeros((), device=hidden.device)
+        if y is not None:
+            nll = cross_entropy(logits, y).mean()
+        if target is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher.head(target)  # (B, T, V)
+            kd = distillation_loss(logits, teacher_logits, self.temperature)
+        return nll, kd
 
 
 def compile_objective(objective):
     """Compile what is not compiled yet: each block, and the final norm with head and loss.
-
     Blocks that do the same work share one graph, of which their parameters are inputs: two functions,
     whatever the depth. A compiled whole network would be compiled anew at every growth."""
     for net in (objective.model, objective.teacher):
         for block in net.h if net is not None else ():
             if block._compiled_call_impl is None:
                 block.compile(dynamic=False)
-    if "losses" not in vars(objective):  # the method is not yet replaced by its compiled form
-        objective.losses = torch.compile(objective.losses, dynamic=False)
+    if not objective.compiled:
+        objective.losses, objective.compiled = torch.compile(objective.losses, dynamic=False), True
 
 
 def count_flops(objective, rows, distilled, T):

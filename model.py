@@ -10,13 +10,10 @@ says of each block which growth inserted it, `GPTConfig.versions` which finished
 """
 
 import hashlib
-import io
 import json
 import math
 import os
 import shutil
-import struct
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,18 +44,13 @@ class GPTConfig:
 
     def __post_init__(self):
         self.generation = tuple(self.generation)
-        for name in ("vocab_size", "block_size", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 2**24:
-                raise UserError(f"{name} must be a positive whole number, not {value!r}")
+        if self.versions is None:
+            self.versions = (max(self.generation),)
+        self.versions = tuple(self.versions)
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        if not all(type(g) is int and g >= 0 for g in self.generation):
-            raise UserError("generation must hold one whole number >= 0 per block")
-        newest = max(self.generation, default=0)
-        self.versions = (newest,) if self.versions is None else tuple(self.versions)
-        known = all(type(g) is int and g in (self.generation or (0,)) for g in self.versions)
-        if not self.versions or not known or sorted(set(self.versions)) != list(self.versions):
+        rising = list(self.versions) == sorted(set(self.versions))
+        if not rising or not self.versions or not set(self.versions) <= set(self.generation):
             raise UserError(f"versions must be rising generations that its blocks have, not {self.versions}")
 
 
@@ -73,7 +65,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        if cache is not None:  # decoding: T is the prompt at first, then 1, so a causal mask is right or moot
+        if cache is not None:  # decoding: T is the prompt at first, then 1, which may see all that is cached
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
             cache[:] = k, v
@@ -153,8 +145,6 @@ class GPT(nn.Module):
         `next_logits`, a function from ids (B, T) to logits (B, V), takes the place of the network's own."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
-        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
-            raise UserError("temperature must be at least 0 and top_k at least 1")
         eot = self.config.vocab_size - 1
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         cache, was_training = None, self.training
@@ -193,7 +183,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # shapes only: no memory and no random numbers for what is about to come
             model = cls(config)
         if (folder / "hparams.json").exists():
-            assign_weights(model, read_openai_weights(folder, model), folder / INDEX)
+            assign_weights(model, read_openai_weights(folder, model), folder / DATA)
         else:
             assign_weights(model, read_huggingface_weights(folder), folder / "model.safetensors")
         return model
@@ -206,7 +196,10 @@ class GPT(nn.Module):
         folder = Path(folder)
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        save_huggingface(self, aside)
+        aside.mkdir(parents=True)
+        write_safetensors(self, aside / "model.safetensors")
+        write_tokenizer(self.config, aside)
+        write_config(self.config, aside / "config.json")
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -238,65 +231,40 @@ def sample(logits, temperature, top_k, generator=None):
     return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
 
 
-# ----- Weights from a file: both formats hold the tensors raw, one after the other -----
-
-
-def map_tensors(path, tensors, start=0):
-    """{name: array}, mapped from the file, unread. tensors: (begin, end, name, dtype, shape), in bytes from
-    `start` on, where they must fill the file without gap or overlap: else ValueError."""
-    arrays, last, size = {}, 0, path.stat().st_size - start
-    for begin, end, name, dtype, shape in sorted(tensors, key=lambda tensor: tensor[0]):
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        if not whole or begin != last or end - begin != dtype.itemsize * math.prod(shape) or end > size:
-            raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
-        if end > begin:
-            arrays[name] = np.memmap(path, dtype, "c", start + begin, tuple(shape))
-        last = end
-    if last != size:
-        raise ValueError(f"the tensors have {last:,} bytes, and the file has {size:,} for them")
-    return arrays
-
-
-def assign_weights(model, arrays, source):
-    """Give a model without memory (on "meta") its weights: every tensor must be there and none left over.
-
-    Both formats store the weight of a linear layer as (in, out); nn.Linear has it as (out, in)."""
-    shapes = {n: tuple(p.shape[::-1] if is_linear(n) else p.shape) for n, p in model.named_parameters()}
-    for name in sorted(shapes.keys() | arrays.keys()):
-        found = tuple(arrays[name].shape) if name in arrays else "missing"
-        expected = shapes.get(name, "no such tensor")
-        if found != expected:
-            raise UserError(f"{source}: tensor {name}: {found}, where the model has {expected}")
-
-    def copy(name, array):  # never the mapped file itself: it may go away
-        tensor = torch.from_numpy(array if array.flags.aligned else np.array(array))
-        tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
-        tensor = tensor.t() if is_linear(name) else tensor
-        return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-    # pop: what is copied is unmapped, so that memory never holds a network twice
-    with ThreadPoolExecutor() as pool:
-        tensors = pool.map(lambda name: copy(name, arrays.pop(name)), shapes)
-        model.load_state_dict(dict(zip(shapes, tensors)), assign=True)
+# ----- Weights from a file. Both formats hold the tensors raw, one behind the other. -----
 
 
 def is_linear(name):
+    """Both formats store the weight of a linear layer as (in, out); nn.Linear has it as (out, in)."""
     return name.endswith(".weight") and ".c_" in name
 
 
-# ----- OpenAI's checkpoint -----
-# A TensorFlow "tensor bundle": model.ckpt.data-00000-of-00001 holds the tensors, and
-# model.ckpt.index, a LevelDB-style table of serialised BundleEntryProto messages, says where.
-# (tensorflow/core/util/tensor_bundle, .../core/protobuf/tensor_bundle.proto, leveldb/doc/table_format.md)
-
-INDEX, DATA = "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+def stored_shape(name, p):
+    return tuple(p.shape[::-1] if is_linear(name) else p.shape)
 
 
-def read_openai_weights(folder, model):
-    """{our name: array}. A linear layer's weight lies in the file as (1, in, out)."""
-    ours = {openai_name(name): name for name, _ in model.named_parameters()}
-    arrays = {ours.get(name, name): a for name, a in read_openai_checkpoint(folder).items()}
-    return {name: a[0] if is_linear(name) and a.ndim == 3 else a for name, a in arrays.items()}
+def assign_weights(model, arrays, source):
+    """Give a model without memory (on "meta") its weights: every tensor must be there and none left over."""
+    shapes = {name: stored_shape(name, p) for name, p in model.named_parameters()}
+    for name in sorted(shapes.keys() | arrays.keys()):
+        found = arrays[name].shape if name in arrays else "missing"
+        expected = shapes.get(name, "no such tensor")
+        if found != expected:
+            raise UserError(f"{source}: tensor {name}: {found}, where the model has {expected}")
+    state = {}
+    for name in shapes:
+        tensor = torch.from_numpy(np.array(arrays[name]))  # a copy: the mapped file may go away
+        if tensor.dtype == torch.uint16:
+            tensor = tensor.view(torch.bfloat16)
+        if is_linear(name):
+            tensor = tensor.t()
+        state[name] = tensor.float().contiguous()
+    model.load_state_dict(state, assign=True)
+
+
+# ----- OpenAI's checkpoint: hparams.json, and a data file that TensorFlow's Saver wrote -----
+
+DATA = "model.ckpt.data-00000-of-00001"
 
 
 def openai_name(name):
@@ -307,141 +275,84 @@ def openai_name(name):
     return "/".join(path + ["b" if last == "bias" else "g" if path[-1].startswith("ln_") else "w"])
 
 
-def read_openai_checkpoint(folder):
-    """{variable name: float32 array}, mapped from the file, unread. Raises UserError on any damage."""
-    index, path = Path(folder) / INDEX, Path(folder) / DATA
-    try:
-        table = read_table(index.read_bytes())
-        header = table.pop("", {})
-        if header.get(1) != 1 or 2 in header:
-            raise ValueError("it does not describe one little-endian file")
-        return map_tensors(path, [tensor_place(name, entry) for name, entry in table.items()])
-    except (ValueError, LookupError, TypeError, OverflowError, struct.error) as e:
-        raise UserError(f"{index}: damaged, or no index of float32 tensors in {path.name} ({e})") from e
+def read_openai_weights(folder, model):
+    """{our name: float32 array}, mapped from the file, unread.
 
-
-def tensor_place(name, entry):
-    """From a BundleEntryProto: 1 type, 2 shape, 3 file, 4 offset, 5 size, 7 slices; zeros are left out."""
-    if entry.get(1) != 1 or 3 in entry or 7 in entry:
-        raise ValueError(f"{name} is not a whole float32 tensor")
-    dims = [dict(protobuf(dim)) for field, dim in protobuf(entry.get(2, b"")) if field == 2]
-    begin, size = entry.get(4, 0), entry.get(5, 0)
-    return begin, begin + size, name, np.dtype("<f4"), [dim.get(1, 0) for dim in dims]
-
-
-def read_table(raw):
-    """{key: {field number: value}} of a TensorFlow index file's bytes."""
-    if len(raw) < 48 or raw[-8:] != bytes.fromhex("57fb808b247547db"):
-        raise ValueError("no table magic at the end")
-    footer = io.BytesIO(raw[-48:])
-    _, _, offset, size = (varint(footer) for _ in range(4))  # of the metaindex (empty here) and the index
-    table = {}
-    for _, place in table_entries(raw, offset, size):
-        f = io.BytesIO(place)
-        for key, message in table_entries(raw, varint(f), varint(f)):
-            table[key.decode()] = dict(protobuf(message))
-    return table
-
-
-def table_entries(raw, offset, size):
-    """(key, value) pairs of a block. Behind it stand a compression type and a masked CRC-32C of both."""
-    block = raw[offset : offset + size + 5]
-    kind, crc = struct.unpack("<BI", block[size:])
-    c = crc32c(block[:-4])
-    if kind != 0 or ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF != crc:
-        raise ValueError("a block is compressed, or its checksum is wrong")
-    restarts = struct.unpack("<I", block[size - 4 : size])[0]  # at the end; they only help seeks
-    f, key = io.BytesIO(block), b""
-    while f.tell() < size - 4 * (restarts + 1):
-        shared, unshared, length = varint(f), varint(f), varint(f)
-        key = key[:shared] + f.read(unshared)  # a key shares a prefix with the one before
-        yield key, f.read(length)
-
-
-def protobuf(raw):
-    """(field number, value) pairs of a serialised message: numbers (wire types 0, 5) and bytes (type 2)."""
-    f = io.BytesIO(raw)
-    while f.tell() < len(raw):
-        tag = varint(f)
-        if tag & 7 == 0:
-            yield tag >> 3, varint(f)
-        elif tag & 7 == 2:
-            yield tag >> 3, f.read(varint(f))
-        elif tag & 7 == 5:
-            yield tag >> 3, struct.unpack("<I", f.read(4))[0]
-        else:
-            raise ValueError(f"unknown wire type {tag & 7}")
-
-
-def varint(f):
-    """A number from a stream of bytes: seven bits in each, the lowest first, until one is below 128."""
-    value, shift, byte = 0, 0, 128
-    while byte >= 128:
-        byte = f.read(1)[0]
-        value |= (byte & 127) << shift
-        shift += 7
-    return value
-
-
-def crc32c(raw):
-    crc = 0xFFFFFFFF
-    for byte in raw:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
+    The Saver writes variables sorted by name and without gaps, so that names and shapes say where each lies
+    (the index file beside it says the same; tests/test_model.py compares)."""
+    path, named = folder / DATA, dict(model.named_parameters())
+    size = 4 * sum(p.numel() for p in named.values())
+    if not path.exists() or path.stat().st_size != size:
+        raise UserError(f"{path} must be there with {size:,} bytes, 4 for each parameter: fetch it again")
+    floats, arrays, begin = np.memmap(path, "<f4", "r"), {}, 0
+    for name in sorted(named, key=openai_name):
+        end = begin + named[name].numel()
+        arrays[name] = floats[begin:end].reshape(stored_shape(name, named[name]))
+        begin = end
+    return arrays
 
 
 # ----- Hugging Face's format -----
 # config.json, and model.safetensors: 8 bytes that hold a length N, N bytes of JSON, the tensors.
 
 # What config.json must say of these, if it names them: any other value is another architecture.
-FIXED = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
-FIXED |= dict(tie_word_embeddings=True, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+FIXED = dict(
+    model_type="gpt2",
+    activation_function="gelu_new",
+    layer_norm_epsilon=1e-5,
+    tie_word_embeddings=True,
+    scale_attn_weights=True,
+    scale_attn_by_inverse_layer_idx=False,
+)
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: these are its bits
 MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files carry among the weights
-MASK_DTYPES = DTYPES | {"U8": "u1", "BOOL": "?"}
 
 
 def read_safetensors(path):
-    """{name: array}, mapped from the file. Raises UserError on any damage that it can see: our own exports
-    carry the sha256 of their tensors, other files have no checksum."""
+    """{name: array} without masks, mapped from the file, unread. Raises UserError on any damage that shows:
+    our own exports carry the sha256 of their tensors, other files have no checksum."""
     try:
         with open(path, "rb") as f:
             start = 8 + int.from_bytes(f.read(8), "little")
-            if start > min(path.stat().st_size, 100_000_000):
+            size = path.stat().st_size - start
+            if size < 0:
                 raise ValueError("its header reaches past the end")
             header = json.loads(f.read(start - 8))
             metadata = header.pop("__metadata__", {})
             if "sha256" in metadata and metadata["sha256"] != hashlib.file_digest(f, "sha256").hexdigest():
                 raise ValueError("its tensors do not have the sha256 that its header gives")
-        tensors = []
-        for name, t in header.items():
-            dtype, known = t["dtype"], MASK_DTYPES if name.endswith(MASKS) else DTYPES
-            if dtype not in known:
-                raise UserError(f"{path}: {name} is stored as {dtype}: convert it to {' or '.join(DTYPES)}")
-            tensors.append((*t["data_offsets"], name, np.dtype(known[dtype]), t["shape"]))
-        return map_tensors(path, tensors, start)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        arrays, last = {}, 0
+        for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = t["data_offsets"]
+            if begin != last or not begin <= end <= size:
+                raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
+            last = end
+            if name.endswith(MASKS):
+                continue
+            if t["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is stored as {t['dtype']}: convert it to {' or '.join(DTYPES)}")
+            dtype, shape = np.dtype(DTYPES[t["dtype"]]), tuple(t["shape"])
+            if end - begin != dtype.itemsize * math.prod(shape):
+                raise ValueError(f"{name} has {end - begin} bytes, which is not its shape {shape}")
+            arrays[name] = np.memmap(path, dtype, "r", start + begin, shape)
+        if last != size:
+            raise ValueError(f"the tensors have {last:,} bytes, and the file has {size:,} for them")
+        return arrays
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e})") from e
 
 
 def read_huggingface_weights(folder):
-    """{our name: array}: without the prefix, the masks and the second copy of wte that some files carry."""
+    """{our name: array}: without the prefix and the second copy of wte that some files carry."""
     arrays = read_safetensors(folder / "model.safetensors")
-    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items() if not name.endswith(MASKS)}
+    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items()}
     head = arrays.pop("lm_head.weight", None)
     if head is not None and not np.array_equal(head, arrays.get("wte.weight", head)):
         raise UserError(f"{folder}: lm_head.weight is not wte.weight, and GPT-2 has one matrix for both")
     return arrays
 
 
-def save_huggingface(model, folder):
-    c, end_of_text = model.config, model.config.vocab_size - 1
-    folder.mkdir(parents=True, exist_ok=True)
-
+def write_safetensors(model, path):
     def tensors():
         for name, p in model.named_parameters():
             p = p.detach().float().cpu()
@@ -455,26 +366,33 @@ def save_huggingface(model, folder):
     header["__metadata__"] = {"format": "pt", "sha256": digest.hexdigest()}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(folder / "model.safetensors", "wb") as f:
+    with open(path, "wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
         for _, array in tensors():
             f.write(array)
 
-    if c.vocab_size == data.GPT2:  # Hugging Face's names for OpenAI's two tokenizer files
-        files = data.tokenizer_files()
-        (folder / "vocab.json").write_bytes(files["encoder.json"].read_bytes())
-        (folder / "merges.txt").write_bytes(files["vocab.bpe"].read_bytes())
-        special = {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
-        tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size, **special}
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
-    config = FIXED | {
-        "architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32", "generation": c.generation,
-        "versions": c.versions, "vocab_size": c.vocab_size, "n_positions": c.block_size,
-        "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
-        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+def write_config(config, path):
+    sizes = {"vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size}
+    sizes |= {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
+    growth = {"generation": config.generation, "versions": config.versions}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    names = {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
+    values = FIXED | names | growth | sizes | special | dropout
+    path.write_text(json.dumps(values, indent=2))
+
+
+def write_tokenizer(config, folder):
+    """OpenAI's two tokenizer files, under Hugging Face's names."""
+    if config.vocab_size != data.GPT2:
+        return
+    files = data.tokenizer_files()
+    (folder / "vocab.json").write_bytes(files["encoder.json"].read_bytes())
+    (folder / "merges.txt").write_bytes(files["vocab.bpe"].read_bytes())
+    special = {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
+    values = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2))
 
 
 # ----- Where the weights are, and a model's shape, which is known before they are read -----
@@ -483,87 +401,54 @@ OPENAI_URLS = [
     "https://openaipublic.blob.core.windows.net/gpt-2/models/{size}/{file}",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/{size}/{file}",
 ]
-HUGGINGFACE_URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/{file}"
-SHAPE_FILES = {
-    "hparams.json": ("n_vocab", "n_ctx", "n_head", "n_embd", "n_layer"),
-    "config.json": ("vocab_size", "n_positions", "n_head", "n_embd", "n_layer"),
+SIZES = {  # name: OpenAI's name of it, layers, heads, width
+    "gpt2": ("124M", 12, 12, 768),
+    "gpt2-medium": ("355M", 24, 16, 1024),
+    "gpt2-large": ("774M", 36, 20, 1280),
+    "gpt2-xl": ("1558M", 48, 25, 1600),
 }
-# name: OpenAI's size, layers, width, heads, bytes of index and data; Hugging Face's revision, bytes, sha256
-SIZES = {
-    "gpt2": ("124M", 12, 768, 12, 5_215, 497_759_232, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-             548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    "gpt2-medium": ("355M", 24, 1024, 16, 10_399, 1_419_292_672, "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-                    1_519_984_962, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
-    "gpt2-large": ("774M", 36, 1280, 20, 15_535, 3_096_120_320, "32b71b12589c2f8d625668d2335a01cac3249519",
-                   3_247_159_078, "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
-    "gpt2-xl": ("1558M", 48, 1600, 25, 20_724, 6_230_444_800, "15ea56dee5df4983c59b2538573817e1667135e2",
-                None, "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
-}  # fmt: skip
-SHA256_124M = {  # of the larger sizes none is published, and the exact number of bytes is checked
-    INDEX: "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
-    DATA: "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
-}
+# Of the larger sizes no hash is published; their exact number of bytes is checked.
+SHA256 = {"gpt2": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"}
 
 
 def read_config(name_or_folder):
     """GPTConfig of what from_pretrained would load. Raises UserError."""
     if name_or_folder in SIZES:
-        _, n_layer, n_embd, n_head, *_ = SIZES[name_or_folder]
+        _, n_layer, n_head, n_embd = SIZES[name_or_folder]
         return GPTConfig(n_head=n_head, n_embd=n_embd, generation=(0,) * n_layer)
     folder = Path(name_or_folder).absolute()
-    path = next((folder / file for file in SHAPE_FILES if (folder / file).exists()), None)
-    if path is None and (folder / "model" / "config.json").exists():
-        raise UserError(f"{folder} is a run: did you mean its network, {Path(name_or_folder) / 'model'}?")
-    if path is None:
-        raise UserError(
-            f"no model in {folder}: give one of {', '.join(SIZES)}, a folder with OpenAI's hparams.json and "
-            "model.ckpt files, or one with config.json and model.safetensors"
-        )
+    path, vocab_size, block_size = folder / "hparams.json", "n_vocab", "n_ctx"
+    if not path.exists():
+        path, vocab_size, block_size = folder / "config.json", "vocab_size", "n_positions"
+    if not path.exists():
+        run = (folder / "model" / "config.json").exists()
+        hint = f"is a run, its network is {folder / 'model'}" if run else "has no hparams.json or config.json"
+        raise UserError(f"no model: {folder} {hint} (or give one of {', '.join(SIZES)})")
     try:
-        h = dict(json.loads(path.read_bytes()))
+        h = json.loads(path.read_bytes())
         for key, value in FIXED.items():
             if h.get(key, value) != value:
                 raise UserError(f"{key} is {h[key]!r}, another architecture: give one with {value!r}")
-        vocab_size, block_size, n_head, n_embd, n_layer = (h[key] for key in SHAPE_FILES[path.name])
-        if type(n_layer) is not int or not 0 < n_layer < 1000:
-            raise UserError(f"n_layer must be a whole number from 1 to 999, not {n_layer!r}")
-        generation = h.get("generation", [0] * n_layer)
-        if type(generation) is not list or len(generation) != n_layer:
-            raise UserError(f"generation must hold one number for each of {n_layer} layers")
-        config = GPTConfig(vocab_size, block_size, n_head, n_embd, generation, versions=h.get("versions"))
-        config.versions = tuple(sorted({*config.versions, max(generation)}))  # a file's network is finished
-        return config
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
-    except KeyError as e:
-        raise UserError(f"{path} lacks {e}: add it, or give the folder of a GPT-2") from e
-    except (ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"{path}: damaged ({e})") from e
+        generation = h.get("generation", [0] * h["n_layer"])
+        if len(generation) != h["n_layer"]:
+            raise UserError(f"generation must hold one number for each of {h['n_layer']} layers")
+        versions = tuple(h.get("versions", ()))
+        if max(generation) not in versions:  # a file's network is finished: a version itself
+            versions = (*versions, max(generation))
+        sizes = h[vocab_size], h[block_size], h["n_head"], h["n_embd"]
+        return GPTConfig(*sizes, generation, versions=versions)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: {'it lacks ' if isinstance(e, KeyError) else ''}{e}") from e
 
 
 def fetch_gpt2(name):
-    """A folder with the pretrained weights: OpenAI's files, from it or a mirror, or Hugging Face's copy."""
-    size, n_layer, n_embd, n_head, index_bytes, data_bytes, revision, hf_bytes, hf_sha256 = SIZES[name]
-    openai, huggingface = data.cache_dir() / f"gpt2-{size}", data.cache_dir() / f"huggingface-{name}"
-    sha256 = {"model.safetensors": hf_sha256} | (SHA256_124M if name == "gpt2" else {})
-    sources = [
-        (openai, OPENAI_URLS, {INDEX: index_bytes, DATA: data_bytes}, "hparams.json"),
-        (huggingface, [HUGGINGFACE_URL], {"model.safetensors": hf_bytes}, "config.json"),
-    ]
-    if (huggingface / "model.safetensors").exists() and not (openai / DATA).exists():
-        sources.reverse()
-    faults = []
-    for folder, urls, files, shape_file in sources:
-        try:
-            for file, length in files.items():
-                where = [url.format(name=name, size=size, revision=revision, file=file) for url in urls]
-                data.fetch(where, folder / file, length, sha256.get(file), remedy="")
-            shape = dict(zip(SHAPE_FILES[shape_file], (50257, 1024, n_head, n_embd, n_layer)))
-            (folder / shape_file).write_text(json.dumps(shape))
-            return folder
-        except UserError as e:
-            faults.append(str(e))
-    raise UserError(
-        f"check the network, or run `python train.py demo`, which needs none, or put {INDEX}, {DATA} into "
-        f"{openai} by hand, or model.safetensors into {huggingface}: {'; '.join(faults)}"
-    )
+    """A folder with OpenAI's weights, from OpenAI or a mirror. Raises UserError."""
+    size, config = SIZES[name][0], read_config(name)
+    folder = data.cache_dir() / f"gpt2-{size}"
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(config).parameters())
+    urls = [url.format(size=size, file=DATA) for url in OPENAI_URLS]
+    data.fetch(urls, folder / DATA, 4 * parameters, SHA256.get(name))
+    shape = {"n_vocab": 50257, "n_ctx": 1024, "n_head": config.n_head, "n_embd": config.n_embd}
+    (folder / "hparams.json").write_text(json.dumps(shape | {"n_layer": config.n_layer}))
+    return folder

@@ -42,7 +42,7 @@ import data  # noqa: E402
 import eval as ev  # noqa: E402
 import grow  # noqa: E402
 import train  # noqa: E402
-from model import DATA, GPT, INDEX, GPTConfig, is_linear  # noqa: E402
+from model import DATA, GPT, GPTConfig, is_linear  # noqa: E402
 
 TITLES = {
     "1": "the card's training step: before the first growth all trains, then only grown blocks",
@@ -250,15 +250,16 @@ def whole_card():
     """A run of train.py, on texts as large as WikiText-2 and WebText, with random weights if OpenAI's are not
     in the cache. The tokenizer's files come from TIKTOKEN_CACHE_DIR, as always."""
     folder, init, size = ARGS.folder, data.cache_dir() / "gpt2-124M", 100_000 if ARGS.quick else 12_000_000
-    if ARGS.quick or not ((init / DATA).exists() and (init / INDEX).exists()):
+    if ARGS.quick or not (init / DATA).exists():
         tiny = GPTConfig(data.BYTES, 64, 2, 32, (0,) * 2)
         init = write_openai_checkpoint(folder / "init", GPT(tiny) if ARGS.quick else base())
     (folder / "new.txt").write_text((data.code()["train"] * 99)[:size], "utf-8")
     (folder / "old.txt").write_text((data.docs()["train"] * 99)[: size * 9 // 4], "utf-8")
     command = f"{sys.executable} train.py --init={init} --dataset={folder}/new.txt --retain={folder}/old.txt"
-    command += f" --device={DEVICE.type} --cache_dir={folder}/cache"
+    command += f" --device={DEVICE.type}"
     if ARGS.quick:
         command += " --max_steps=4 --grow_every=1 --eval_every=4 --test_windows=8 --block_size=32"
+    os.environ["GROWING_GPT_CACHE"] = f"{folder}/cache"
     env, runs = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/kernels"}, itertools.count()
 
     def step():
@@ -266,7 +267,7 @@ def whole_card():
         words = shlex.split(f"{command} --out={out}")
         run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
         assert run.returncode == 0, run.stderr.strip().splitlines()[-1]
-        print(ev.summary(ev.read_run(out)))
+        print(ev.comparison([ev.read_run(out)]))
 
     return step
 
@@ -283,7 +284,7 @@ def mixture(what, n):
     hidden = torch.randn(o.batch_size, o.block_size, SHAPE.n_embd, device=DEVICE)  # (B, T, C)
     do = {
         "evaluation": lambda: ev.evaluate(model, *text),
-        f"mixed evaluation {where}": lambda: ev.evaluate_together(nets, *text),
+        f"mixed evaluation {where}": lambda: ev.measure(nets, *text),
         "sampling cached": lambda: model.generate(ids, n, 0.8, 50),
         "sampling mixed": lambda: model.generate(ids, n, 0.8, 50, next_logits=ev.mixed_prediction(nets)),
         "head as the blocks": lambda: model.head(hidden).float(),
@@ -355,15 +356,16 @@ def measure(row, out):
 
 
 def as_text(row):
-    table = [
-        [("variant", r["variant"], ""), ("ms a step", r["ms"], ".1f"), ("rounds", r["rounds"], ""),
-         ("times the first's speed", r["times"], ".2f"), ("units a second", r["units_s"], ",.1f"),
-         ("first step, s", r["first_s"], ".2f"), ("in steps", 1000 * r["first_s"] / r["ms"], ".1f"),
-         ("peak, GB", r["peak_gb"], ".2f")]
-        for r in row["results"]
-    ]  # fmt: skip
+    table = []
+    for r in row["results"]:
+        cells = {"variant": r["variant"]} | ev.cells(".1f", {"ms a step": r["ms"]}) | {"rounds": r["rounds"]}
+        cells |= ev.cells(".2f", {"times the first's speed": r["times"]})
+        cells |= ev.cells(",.1f", {"units a second": r["units_s"]})
+        cells |= ev.cells(".2f", {"first step, s": r["first_s"]})
+        cells |= ev.cells(".1f", {"in steps": 1000 * r["first_s"] / r["ms"]})
+        table.append(cells | ev.cells(".2f", {"peak, GB": r["peak_gb"]}))
     notes = "\n".join(f"- {note}" for note in row["notes"])
-    return "\n\n".join([f"## {row['title']}", *([ev.markdown(table)] if table else []), notes]) + "\n"
+    return "\n\n".join([f"## {row['title']}", *([ev.table(table)] if table else []), notes]) + "\n"
 
 
 def machine():
@@ -404,9 +406,9 @@ def main():
         p.error(f"--rows={args.rows}: give some of {','.join(TITLES)}")
     if args.quick:
         os.environ["OMP_NUM_THREADS"] = "1"  # as the processes of the variants start
-    device, dtype, _ = ev.choose_machine(args.device, args.dtype)
+    device, dtype = ev.choose_machine(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    args.can_compile, _ = ev.choose_compile("1", device)
+    args.can_compile = ev.choose_compile("1", device)
     args.rounds = args.rounds or (1 if args.quick else 10 if device.type == "cuda" else 5)
     args.block_size, shape = (32, GPTConfig(1001, 64, 4, 64, (0,) * 4)) if args.quick else (128, GPTConfig())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:

@@ -1,14 +1,21 @@
 """What all tests share: the repository on the path, a cache folder of their own, and what lies beside it."""
 
+import json
+import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-import torch
-import torch._dynamo
+# Threads that spin while they wait for one that has no core slow a busy machine down tenfold and more. OpenMP
+# reads this when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("GROWING_GPT_SHARED", ROOT.parent / "shared"))  # true data, if it is there
@@ -18,6 +25,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["GROWING_GPT_CACHE"] = tempfile.mkdtemp(prefix="growing-gpt-test-")  # before `data` is imported
 if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "data/tiktoken").exists():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "data/tiktoken")
+
+import data  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 _bpe = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")) / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
 needs_tiktoken = pytest.mark.skipif(
@@ -60,3 +70,98 @@ def own_dynamo():
         yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()
+
+
+# ----- Tiny options and networks, a run's rows, the programs in a process of their own -----
+
+BYTES = 257  # ids of the bytes tokenizer
+multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])  # see in_fork
+# A run of about a second on a tiny network: two growths in seven steps.
+TINY = dict(
+    block_size=16,
+    batch_size=4,
+    lr=1e-2,
+    max_steps=7,
+    grow_every=3,
+    max_growths=2,
+    eval_every=2,
+    log_every=1,
+    eval_windows=4,
+    test_windows=4,
+    device="cpu",
+    dtype="float32",
+)
+SCRATCH = dict(init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=16)
+PLAIN = dict(max_growths=0, grow_every=None)  # an ordinary training run
+
+
+def typed(*words, **options):
+    """A command line; an option that is None is not typed."""
+    return [*map(str, words), *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def rows(out, kind=None):
+    """The rows of a run's log, or those of one kind. NaN and Infinity are no JSON."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [row for row in parsed if kind in (None, row["kind"])]
+
+
+def tiny_gpt(generation=(0, 0), vocab_size=61, block_size=16, n_head=2, n_embd=8, seed=0, **more):
+    """A random network whose biases and gains are random, too, so that none can be forgotten."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, block_size, n_head, n_embd, generation, **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+def program(name, *argv, cwd=None, env=None, **more):
+    """Start train.py or eval.py as a user would; returns the Popen. One thread: so runs agree bit for bit."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, str(ROOT / name), *map(str, argv)]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=cwd or ROOT, env=env, **{**streams, **more})
+
+
+def finished(process, timeout=120):
+    """(exit status, what it printed)"""
+    printed, _ = process.communicate(timeout=timeout)
+    return process.returncode, printed
+
+
+def table(text, head):
+    """The first Markdown table of a text with a column of this head: a dict {head: cell} for each row."""
+    found, lines = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif lines:
+            heads, _, *cells = lines
+            found.append([dict(zip(heads, row, strict=True)) for row in cells])
+            lines = []
+    return next(rows for rows in found if rows and head in rows[0])
+
+
+def on_step(monkeypatch, act):
+    """Call act(step) whenever a run draws the batch of a step."""
+    batch = data.batch
+
+    def batch_and_act(tokens, block_size, rows, step, seed):
+        act(step)
+        return batch(tokens, block_size, rows, step, seed)
+
+    monkeypatch.setattr(data, "batch", batch_and_act)
+
+
+def in_fork(target, *args):
+    """Start target(*args) in a process that has torch already, for importing it takes seconds: a fork of a
+    server. (Autograd refuses to run in a fork of a process where it ran.)"""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+    process.start()
+    return process

@@ -100,7 +100,7 @@ def count_flops(objective, x, y):
 def run(method, o):
     """Train, and write metrics.jsonl (header, evals, result) and, where it is an ordinary GPT-2, model/."""
     began, out = time.perf_counter(), Path(o.out)
-    device, dtype, _ = ev.choose_machine(o.device, o.dtype)
+    device, dtype = ev.choose_machine(o.device, o.dtype)
     model, base = train.start_model(o).to(device), train.start_model(o).to(device)
     torch.manual_seed(o.seed)
     add(method, model)
@@ -146,7 +146,7 @@ def run(method, o):
 
 def main(argv):
     if not argv or argv[0] not in METHODS:
-        raise ev.UsageError(f"the first word must be one of {', '.join(METHODS)}")
+        raise ev.UserError(f"the first word must be one of {', '.join(METHODS)}")
     options = train.parse(argv[1:])
     train.check(options)
     Path(options.out).mkdir(parents=True, exist_ok=True)

@@ -3,55 +3,43 @@
 python tests/soak.py --kills 50
 """
 
-import dataclasses
-import random
-import subprocess
+import argparse
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import conftest  # noqa: F401  (puts the repository on the path)
 import test_train
 
-import eval as ev
 import train
+
+VARIANTS = {
+    "schedule, frozen base, distillation": dict(first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2),
+    "plateau, nothing frozen, EWC, replay": dict(
+        trigger="plateau", grow_every=None, patience=2, min_delta=0.5, freeze="none", ewc_lambda=10.0,
+        ewc_batches=2, replay=0.5,
+    ),
+}  # fmt: skip
 
 
 def main():
-    parser = ev.Parser("tests/soak.py", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="of each variant")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    began, folder = time.time(), Path(tempfile.mkdtemp())
-    text = folder / "words.txt"
-    words = ["grow", "learn", "keep"]
-    lines = (random.Random(i).choices(words, k=9) for i in range(900))
-    text.write_text("\n".join(" ".join(line) for line in lines))
-    variants = {
-        "schedule, frozen base, distillation": dict(
-            grow_every=a.kills * 4, first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2,
-        ),
-        "plateau, nothing frozen, EWC, replay": dict(
-            trigger="plateau", patience=2, min_delta=0.5, freeze="none", ewc_lambda=10.0, ewc_batches=2,
-            replay=0.5, grow_every=train.Options.grow_every,  # the default, so that it is not typed
-        ),
-    }  # fmt: skip
-    survived = 0
-    for number, (name, more) in enumerate(variants.items()):
-        more |= dict(retain="docs", max_steps=a.kills * 24, save_every=1, log_every=2)
-        whole = test_train.options(str(text), folder / f"whole{number}", **more)
-        subprocess.run(test_train.command(whole), check=True, capture_output=True)
-        o = dataclasses.replace(whole, out=str(folder / f"killed{number}"))
-        kills = a.kills // 2 if number == 0 else a.kills - a.kills // 2
-        reached = test_train.kill_and_resume(o, folder / f"whole{number}", kills, a.seed + number)  # asserts
-        survived += len(reached)
-        inside = Counter("at the end" if s == more["max_steps"] else "under way" for s in reached)
-        print(
-            f"{name}: killed {len(reached)} times ({dict(inside)}), last checkpoint at step {reached[-1]} of "
-            f"{more['max_steps']}; the end is bitwise that of the uninterrupted run"
-        )
-    print(f"{survived} kills survived of {a.kills} tried, in {time.time() - began:.0f} s")
+    began, folder, kills, said = time.time(), Path(tempfile.mkdtemp()), a.kills, []
+    text = conftest.write_words(folder)
+    steps = dict(max_steps=6 * kills, grow_every=kills, max_growths=3, save_every=1, log_every=2)
+    for number, (name, more) in enumerate(VARIANTS.items()):
+        whole, killed = folder / f"whole{number}", folder / f"killed{number}"
+        process = test_train.in_fork(train.main, test_train.arguments(text, whole, **steps | more))
+        process.join()
+        argv = test_train.arguments(text, killed, **steps | more)
+        reached = test_train.kill_and_resume(argv, killed, kills, a.seed + number)
+        test_train.assert_same_run(whole, killed)
+        said.append(f"{name}: killed {kills} times, the last at step {reached[-1]} of {6 * kills}")
+    print(*said, "both ends are bitwise those of the uninterrupted runs", sep="\n")
+    print(f"{time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

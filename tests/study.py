@@ -42,6 +42,7 @@ from study_runs import (  # noqa: E402
     do,
     finished,
     jobs_of,
+    markdown,
     measure,
     measuring_jobs,
     options,
@@ -143,7 +144,7 @@ def when_growing_pays(out, scale, seeds, base):
 `python train.py pretrain {scale.bases[base]} --out=BASE`, then for each arm and seed S \
 `python {" ".join(options(scale, base, "full", {"full": "OPTIONS"}))} --init=BASE/model --seed=S`
 
-{ev.markdown(rows)}
+{markdown(rows)}
 
 At equal tokens on the test splits; at equal operations ({budget / 1e12:.2f} TFLOP, where the cheapest ends)
 on validation windows, read off the curves."""
@@ -173,7 +174,7 @@ def what_keeps_the_old(out, scale, seeds):
             own.append(
                 [("trained on docs alone", arm, ""), ("change of loss on docs", mean_sd(gain, "+.3f"), "")]
             )
-    command, table = " ".join(options(scale, WHOLE, "full", {"full": "OPTIONS"})), ev.markdown(rows)
+    command, table = " ".join(options(scale, WHOLE, "full", {"full": "OPTIONS"})), markdown(rows)
     early = f'"Early" is before step {after}: Adam\'s first steps forget what is soon learned again.'
     return f"""`python {command} --init=BASE/model --seed=S`
 
@@ -187,7 +188,7 @@ full fine-tuning reaches half-way ({middle:.2f}), and to 0.02 above the end of g
 
 What the base gains on its own text in as many steps, so that replay's gain is not mistaken for retention:
 
-{ev.markdown(own) if own else ""}"""
+{markdown(own) if own else ""}"""
 
 
 def frontier(measured):
@@ -203,7 +204,7 @@ def frontier(measured):
         volumes = [1000 * hypervolume(d) for d in dials]
         row.append(("hypervolume x 1000", mean_sd(volumes, ".1f"), ""))
         rows.append(row + [("- full", differs(volumes, [1000 * hypervolume(d) for d in full]), "")])
-    return ev.markdown(rows)
+    return markdown(rows)
 
 
 def dials(measured):
@@ -214,7 +215,7 @@ def dials(measured):
             learn, old = zip(*(m["dial"][arm][i] for m in measured))
             row.append((f"alpha {alpha}", f"{mean_sd(learn)} / {mean_sd(old, '+.3f')}", ""))
         rows.append(row)
-    return ev.markdown(rows)
+    return markdown(rows)
 
 
 def shares(measured):
@@ -229,7 +230,7 @@ def shares(measured):
                      ("average", mean_sd(average), ""),
                      ("- share 0", differs(average, averages[method, "0"]), "")])  # fmt: skip
     best = min(map(str, SHARES), key=lambda share: statistics.mean(averages["grow 2", share]))
-    return f"{ev.markdown(rows)}\n\nThe lowest average for growth is at share {best}."
+    return f"{markdown(rows)}\n\nThe lowest average for growth is at share {best}."
 
 
 def mixtures(measured):
@@ -247,7 +248,7 @@ def mixtures(measured):
             ("block passes a token", m[0]["passes"] if share else "", ""),
             ("heads a token", m[0]["heads"] if share else "", ""),
         ])  # fmt: skip
-    return ev.markdown(rows)
+    return markdown(rows)
 
 
 def sequences(measured):
@@ -267,7 +268,7 @@ def sequences(measured):
             *((f"text {i + 1}", mean_sd([seed[i][k] for seed in columns]), "")
               for i in range(len(order) + 1)),
         ])  # fmt: skip
-    return ev.markdown(rows)
+    return markdown(rows)
 
 
 def at_124m():
@@ -390,7 +391,7 @@ Backward transfer: loss on all but the last text, minus that of the network that
 
 
 def main(argv):
-    parser = ev.Parser("study.py", description=__doc__)
+    parser = ev.parser("tests/study.py", __doc__, "[--option=value ...]")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "study")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])

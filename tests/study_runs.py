@@ -27,6 +27,13 @@ import grow  # noqa: E402
 import train  # noqa: E402
 from model import GPT  # noqa: E402
 
+
+def markdown(rows):
+    """A table of rows [(head, value, format)]; None is shown as -."""
+    cell = lambda value, form: "-" if value is None else format(value, form)
+    return ev.table([{head: cell(value, form) for head, value, form in row} for row in rows])
+
+
 # ----- What is compared -----
 
 GROW = "--first_growth=0 --grow_every=1"  # all blocks before the third step: the originals never train

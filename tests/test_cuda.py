@@ -1,11 +1,14 @@
-"""What must hold on a GPU as on the CPU: both run here where there is CUDA, else the CPU alone."""
+"""What must hold on a GPU as on the CPU: both run here where there is CUDA, else the CPU alone.
+
+A step must not wait for the device, nor make tensors on the CPU, nor launch a kernel for each of hundreds of
+tensors: that, a CPU can tell, too."""
 
 import math
 
 import pytest
 import torch
-from conftest import DEVICES, needs_cuda
-from test_train import TINY
+from conftest import BYTES, DEVICES, PLAIN, SCRATCH, TINY, needs_cuda, old_text, rows, tiny_gpt, typed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import eval as ev
@@ -16,112 +19,188 @@ from model import GPT, GPTConfig
 pytestmark = pytest.mark.usefixtures("own_dynamo")
 
 
-def words(text, out, **more):
-    options = {**TINY, "dataset": text, "retain": "docs", "out": str(out), "lr": 1e-3, **more}
-    return [f"--{k}={v}" for k, v in options.items() if v is not None]
+def arguments(text, out, *words, **changes):
+    texts = dict(dataset=text, retain=old_text(text))
+    return typed(*words, **{**SCRATCH, **TINY, **texts, **changes, "out": out})
+
+
+# ----- the same on every device -----
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
-def test_growth_is_exact_and_a_stopped_run_goes_on(text, tmp_path, device, dtype):
+def test_growth_is_exact_and_a_run_goes_on(text, tmp_path, device, dtype):
     """With what train.py chooses by itself: on CUDA the graphs of torch.compile and a loss scaler, too."""
-    machine = dict(device=device, dtype=dtype)
-    train.main(words(text, tmp_path / "whole", **machine))
-    train.main(words(text, tmp_path / "parts", **machine, max_steps=7))
-    train.main(words(text, tmp_path / "parts", **machine, resume="yes"))
-    a, b = (ev.read_run(tmp_path / out) for out in ("whole", "parts"))
-    assert a["header"]["machine"][0].startswith(f"device {device}")
-    for run in (a, b):
-        assert [e["step"] for e in run["event"]] == [3, 6, 9]
-        assert all(e["learn_before"] == e["learn_after"] for e in run["event"])
-    for x, y in zip(a["step"], b["step"], strict=True):
+    machine = dict(device=device, dtype=dtype, lr=1e-3)
+    train.main(arguments(text, tmp_path / "whole", **machine))
+    train.main(arguments(text, tmp_path / "parts", **machine, max_steps=5))
+    train.main(arguments(text, tmp_path / "parts", "--resume", **machine))
+    for out in ("whole", "parts"):
+        events = rows(tmp_path / out, "event")
+        assert [e["step"] for e in events] == [3, 6]
+        assert all(e[f"{of}_before"] == e[f"{of}_after"] for e in events for of in ("learn", "retain"))
+    for x, y in zip(rows(tmp_path / "whole", "step"), rows(tmp_path / "parts", "step"), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
-    assert a["eval"][-1]["learn"] < a["eval"][0]["learn"]  # it did learn
+    first, *_, last = rows(tmp_path / "whole", "eval")
+    assert last["learn"] < first["learn"]  # it did learn
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_keeps_the_old_text(text, tmp_path, device):
     """EWC's sampled labels and dreams are drawn on the device, with its own generator."""
     keeping = dict(kd_weight=1.0, kd_on="dream", dreams=8, kd_rows=2, ewc_lambda=1.0, freeze="none")
-    train.main(words(text, tmp_path / "run", device=device, **keeping))
-    steps = ev.read_run(tmp_path / "run")["step"]
-    assert all(math.isfinite(s["loss"]) for s in steps)
-    assert steps[-1]["kd"] > 0 and steps[-1]["ewc"] > 0
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_base_is_loaded_again_only_where_memory_is_scarce(text, tmp_path, device, monkeypatch):
-    """Beside a GPU the host keeps the network that a run began with; what it is compared with is the same."""
-    loads, load = [], train.start_model
-    monkeypatch.setattr(train, "start_model", lambda o: loads.append(1) or load(o))
-    train.main(words(text, tmp_path / "run", device=device))
-    assert len(loads) == (2 if device == "cpu" else 1)
-    result = ev.read_run(tmp_path / "run")["result"]
-    assert result["learn"]["base"] > result["learn"]["grown"]
+    train.main(arguments(text, tmp_path / "run", device=device, **keeping))
+    *_, last = rows(tmp_path / "run", "step")
+    assert math.isfinite(last["loss"]) and last["kd"] > 0 and last["ewc"] > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_versions_predict_together(text, tmp_path, device):
     """Measured, and sampled: the weights live on the CPU, in float64, whatever the device."""
-    torch.manual_seed(0)
-    GPT(GPTConfig(data.BYTES, 16, 2, 16, (0, 0))).save_pretrained(tmp_path / "net")
-    start = dict(init=tmp_path / "net", first_growth=0, **dict.fromkeys(("n_layer", "n_head", "n_embd")))
-    train.main(words(text, tmp_path / "run", device=device, **start, tokenizer=None, block_size=16))
-    result = ev.read_run(tmp_path / "run")["result"]
+    tiny_gpt(vocab_size=BYTES).save_pretrained(tmp_path / "net")
+    start = dict.fromkeys(SCRATCH) | dict(init=tmp_path / "net", first_growth=0, device=device)
+    train.main(arguments(text, tmp_path / "run", **start))
+    (result,) = rows(tmp_path / "run", "result")
     best = min(result["learn"]["base"], result["learn"]["grown"])
     assert len(result["versions"]) == 2 and result["learn"]["mixed"] <= best + math.log(2) / 15
-    ev.main([str(tmp_path / "run"), "--prompt=k", "--max_new_tokens=20", f"--device={device}"])
-    ev.main([str(tmp_path / "run"), f"--dataset={text}", f"--device={device}", "--share=0.01"])
+    for more in (["--prompt=k", "--max_new_tokens=20"], [f"--dataset={text}", "--share=0.01"]):
+        ev.main([str(tmp_path / "run"), f"--device={device}", *more])
 
 
 @needs_cuda
 def test_cuda_computes_what_the_cpu_computes():
     """Loss, divergence, gradients and greedy samples; the products are in TF32 there."""
     ev.choose_machine("cuda")
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(data.BYTES, 32, 2, 32, (0,) * 3))
-    other = GPT(net.config)
+    net, other = (tiny_gpt((0,) * 3, BYTES, n_embd=32, seed=seed) for seed in (0, 1))
     tokens = torch.randint(256, (300,)).numpy().astype("uint16")
-    x = torch.randint(256, (4, 33))
+    x = torch.randint(256, (4, 17))
     found = []
     for device in ("cpu", "cuda"):
         net.to(device), other.to(device)
         net.zero_grad(set_to_none=True)
         grow.Objective(net)(x[:, :-1].to(device), x[:, 1:].to(device))[0].backward()
         norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm().item()
-        compared = ev.compare(net, other, tokens, 32)
-        found.append([norm, *(compared[key] for key in ("base", "grown", "kl"))])
+        measured = ev.measure([net, other], tokens, 16, kl=True)
+        found.append([norm, *measured["losses"], measured["mixed"], measured["kl"]])
         greedy = net.generate(x[:1, :3].to(device), 20, temperature=0)
         assert greedy.shape == (1, 23) and greedy.device.type == device
     assert found[0] == pytest.approx(found[1], rel=1e-2)
 
 
+# ----- a step waits for nothing -----
+
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default, aten.equal.default,
+    aten.masked_select.default,
+}  # fmt: skip
+
+
+VIEWS = {aten.detach.default, aten.view.default, aten.alias.default}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses every operation whose result the program would have to wait for, and counts those that launch
+    something."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation not in WAITS, f"{operation} waits for the device"
+        self.seen += operation not in VIEWS
+        return operation(*args, **(kwargs or {}))
+
+
+def around_steps(monkeypatch, begin, end):
+    """Call begin() when the batches of a step are on the device, and end() when its gradients are cleared."""
+    micro_batches, zero_grad = train.micro_batches, torch.optim.AdamW.zero_grad
+
+    def batches_and_begin(*args):
+        batches = micro_batches(*args)
+        begin()
+        return batches
+
+    def clear_and_end(self, *args, **more):
+        zero_grad(self, *args, **more)
+        end()
+
+    monkeypatch.setattr(train, "micro_batches", batches_and_begin)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", clear_and_end)
+
+
+STEPS = {
+    "plain": {},
+    "distilled": dict(kd_weight=1.0, grad_clip=0.0),
+    "distilled on old text": dict(kd_weight=1.0, kd_on="retain", kd_rows=2, first_growth=0, replay=0.5),
+    "EWC": dict(ewc_lambda=10.0, ewc_batches=2, freeze="none"),
+    "scaler, accumulation": dict(dtype="float16", grad_accum=2),
+    "dropout": dict(dropout=0.1, block_init="fresh"),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_never_waits(text, tmp_path, monkeypatch, name):
+    """From when its batches are there, through both growths of a run."""
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():  # this test can fail
+        torch.ones(()).item()
+    mode = NoWaiting()
+    around_steps(monkeypatch, mode.__enter__, lambda: mode.__exit__(None, None, None))
+    train.main(arguments(text, tmp_path / "run", **STEPS[name]))
+    assert mode.seen > 7 * 50
+
+
 @needs_cuda
 @pytest.mark.parametrize("compile", ["0", "1"])
 def test_a_step_never_waits_for_the_gpu(text, tmp_path, monkeypatch, compile):
-    """torch raises here at whatever would wait: .item(), a copy from memory that is not pinned ...
+    """torch raises here at whatever would wait: .item(), a copy from memory that is not pinned ..."""
+    steps, batch = [], data.batch
 
-    Step 1 waits for the log line of step 0, and the end for the last step. Nothing in between may."""
-    batch, synchronize, watched, waits = data.batch, torch.accelerator.synchronize, [], []
-
-    def watching(tokens, block_size, rows, step, seed):  # called at the start of each step
-        if step >= 3:
-            torch.cuda.set_sync_debug_mode("error")
-            watched.append(step)
-        return batch(tokens, block_size, rows, step, seed)
-
-    def waiting():
-        torch.cuda.set_sync_debug_mode("default")
-        waits.append(len(watched))
-        synchronize()
+    def watching(*args):  # before the batch is copied; the first steps compile
+        steps.append(args)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 2 else "default")
+        return batch(*args)
 
     monkeypatch.setattr(data, "batch", watching)
-    monkeypatch.setattr(torch.accelerator, "synchronize", waiting)
-    rarely = dict(log_every=100, eval_every=100, save_every=100, max_growths=0, grow_every=None)
-    more = dict(device="cuda", dtype="auto", compile=compile, grad_accum=2, max_steps=6)
+    around_steps(monkeypatch, lambda: None, lambda: torch.cuda.set_sync_debug_mode("default"))
+    machine = dict(device="cuda", dtype="auto", compile=compile, grad_accum=2)
     try:
-        train.main(words(text, tmp_path / "run", **more, **rarely))
+        train.main(arguments(text, tmp_path / "run", **PLAIN, **machine))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert watched == [3, 4, 5] and waits == [0, 3]
-    assert ev.read_run(tmp_path / "run")["result"]["tokens"] == 6 * 2 * 4 * 16
+    assert len(steps) == 7
+
+
+@pytest.mark.parametrize("policy, teacher", [("base", "shared"), ("older", "none"), ("top1", "separate")])
+def test_growing_and_a_step_make_nothing_on_the_cpu(policy, teacher, monkeypatch):
+    """On `meta`, where a tensor made on the CPU by mistake raises."""
+    adamw = torch.optim.AdamW  # the fused one does not know this device
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **more: adamw(*args, **more))
+    with torch.device("meta"):
+        model, separate = (GPT(GPTConfig(BYTES, 16, 2, 16, (0, 0))) for _ in range(2))
+        x, y = (torch.zeros(4, 16, dtype=torch.long) for _ in range(2))
+    optimizer = grow.make_optimizer(model, 1e-3, 0.1)
+    for at, init in ((2, "copy"), (1, "fresh")):
+        block = grow.insert_block(model, at, init)
+        grow.freeze(model, policy)
+        nets = {"none": None, "shared": grow.original(model), "separate": separate.requires_grad_(False)}
+        objective = grow.Objective(model, nets[teacher], 2.0)
+        optimizer = grow.make_optimizer(model, 1e-3, 0.1, optimizer)
+        for learned in (4, 3) if teacher != "none" else (4,):  # the fourth row is to be distilled alone
+            nll, kd = objective(x, y[:learned])
+            (nll + kd).backward()
+            norm = torch.nn.utils.clip_grad_norm_(grow.trainable(model), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        assert {t.device.type for t in (nll, kd, norm, *block.parameters())} == {"meta"}
+
+
+def test_ewc_is_computed_for_all_parameters_at_once():
+    """In as many launches for 4 blocks as for 1."""
+    launches = []
+    for layers in (1, 4):
+        model = tiny_gpt((0,) * layers)
+        ewc = grow.EWC(model, [torch.randint(61, (2, 16))])
+        with NoWaiting() as mode:
+            ewc.penalty(model)
+        launches.append(mode.seen)
+    assert launches[0] == launches[1] <= 8

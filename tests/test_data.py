@@ -10,11 +10,12 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, needs_tiktoken
+from conftest import BYTES, ROOT, SHARED, needs_tiktoken
 
 import data
 import train
@@ -27,11 +28,12 @@ def sha256(ids):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch):
     """A cache folder per test, and no network: whoever asks for a socket fails."""
+    (tmp_path / "cache").mkdir()
     monkeypatch.setattr(data, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(socket, "socket", None)
-    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
 
 
 # ----- tokens -----
@@ -42,7 +44,8 @@ def own_cache(tmp_path, monkeypatch):
 def test_wikitext_tokens_are_the_published_ones():
     """286,221 tokens of the whole raw file encoded at once: perplexities are comparable only on these."""
     raw = TEST_RAW.read_bytes()
-    assert hashlib.sha256(raw).hexdigest() == data.WIKITEXT_FILES["test"][1]
+    true = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+    assert hashlib.sha256(raw).hexdigest() == true
     ids = data.encode(raw.decode())
     assert ids.dtype == np.uint16 and len(ids) == 286_221
     assert ids[:8].tolist() == [220, 198, 796, 5199, 347, 2852, 353, 796]
@@ -55,7 +58,7 @@ def test_wikitext_tokens_are_the_published_ones():
 def test_debug_batch_of_llm_c():
     """The 257 ids on which llm.c checks GPT-2's loss, <|endoftext|> before each piece among them."""
     pieces = SHAKESPEARE.read_text().split("\n\n")
-    ids = data.encode("".join(data.EOT + piece + "\n\n" for piece in pieces[:50]))[:257]
+    ids = data.encode("".join(data.EOT + piece + "\n\n" for piece in pieces[:20]))[:257]
     assert sha256(ids) == "f3cb1f678d40cf5a120662b12a20fdacc5bd2e08c13ebb230a93e9f6f82f1df4"
 
 
@@ -73,19 +76,15 @@ def test_gpt2_end_of_text_is_one_token():
 )
 def test_bytes_come_back(text):
     """Byte ids are the UTF-8 bytes with 256 for <|endoftext|>, and decode to the very text."""
-    ids = data.encode(text, data.BYTES)
+    ids = data.encode(text, BYTES)
     assert ids.dtype == np.uint16 and (ids == 256).sum() == text.count(data.EOT)
     assert bytes(ids[ids < 256].tolist()) == text.replace(data.EOT, "").encode()
-    assert data.decode(ids, data.BYTES) == text
+    assert data.decode(ids, BYTES) == text
 
 
-def test_broken_bytes_decode_to_a_replacement():
-    """A sample may stop inside a character: that is shown as U+FFFD and raises nothing."""
-    assert data.decode("\N{SNOWMAN}".encode()[:2], data.BYTES) == "\N{REPLACEMENT CHARACTER}"
-
-
-def test_unknown_vocabulary_is_refused():
-    """A model with another vocabulary has a tokenizer that we do not know: say its size."""
+def test_what_no_tokenizer_knows():
+    """A sample may stop inside a character: that raises nothing. A vocabulary of another size is refused."""
+    assert data.decode("\N{SNOWMAN}".encode()[:2], BYTES) == "\N{REPLACEMENT CHARACTER}"
     with pytest.raises(data.UserError, match="50,258"):
         data.encode("a", 50258)
 
@@ -93,76 +92,50 @@ def test_unknown_vocabulary_is_refused():
 # ----- token files -----
 
 
-def ids_of(text):
-    return data.tokens_of(text, data.BYTES)
-
-
-def test_token_file_is_made_once_and_holds_what_it_says(tmp_path, monkeypatch):
-    """A sha256 of its name and ids, then uint16, little-endian; the second time nothing is tokenised."""
-    ids = ids_of("hello")
-    (path,) = (tmp_path / "cache" / "tokens").glob("*.bin")
-    raw = path.read_bytes()
-    assert raw[32:] == b"h\0e\0l\0l\0o\0" and len(raw) == 42
-    assert path.name == f"bytes-{hashlib.sha256(b'hello').hexdigest()}.bin"
-    assert raw[:32] == hashlib.sha256(path.name.encode() + raw[32:]).digest()
-    monkeypatch.setattr(data, "encode", None)
-    assert ids_of("hello").tolist() == ids.tolist() == list(b"hello")
-    assert ids_of("hello").dtype == np.uint16
-
-
-def test_changed_text_gets_new_tokens():
-    """A user's file that changed under the same name must not be trained on as it was."""
-    assert ids_of("one").tolist() == list(b"one")
-    assert ids_of("two").tolist() == list(b"two")
-    assert ids_of("one").tolist() == list(b"one")
-
-
-def damage_bit(raw):
-    return raw[:600] + bytes([raw[600] ^ 1]) + raw[601:]
-
-
-def file_named(name):
-    """A whole token file with the ids of the text below, that was made under another name."""
-    ids = b"x\0" * 1000
-    return hashlib.sha256(name.encode() + ids).digest() + ids
-
-
-SOURCE = hashlib.sha256(b"x" * 1000).hexdigest()
-BAD_FILES = {
-    "flipped bit": damage_bit,
-    "cut": lambda raw: raw[:-2],
-    "longer": lambda raw: raw + b"ab",
-    "empty": lambda raw: b"",
-    "no header": lambda raw: b" " * 32 + raw[32:],
-    "another version": lambda raw: b'{"version": 1}'.ljust(512) + raw[32:],
-    "another text": lambda raw: file_named(f"bytes-{'0' * 64}.bin"),
-    "another tokenizer": lambda raw: file_named(f"gpt2-{SOURCE}.bin"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_token_file_is_refused_and_made_again(tmp_path, monkeypatch, name, capsys):
-    """A stale, foreign or damaged token file is never read as tokens: it is named and rebuilt."""
-    text = "x" * 1000
-    ids_of(text)
-    (path,) = (tmp_path / "cache" / "tokens").glob("*.bin")
-    good = path.read_bytes()
-    assert good == file_named(f"bytes-{SOURCE}.bin")
-    path.write_bytes(BAD_FILES[name](good))
+def test_a_text_is_tokenised_once(cache, monkeypatch):
+    """Into a file named by the tokenizer and by the text itself, so that a changed text gets new tokens."""
     encode, seen = data.encode, []
     monkeypatch.setattr(data, "encode", lambda *args: seen.append(args) or encode(*args))
-    assert ids_of(text).tolist() == [120] * 1000
-    assert len(seen) == 1 and path.name in capsys.readouterr().err
-    assert path.read_bytes() == good
+    for text in ("one", "two", "one", "two"):
+        ids = data.tokens_of(text, BYTES)
+        assert ids.dtype == np.uint16 and ids.tolist() == list(text.encode())
+    assert seen == [("one", BYTES), ("two", BYTES)]
+    for text in ("one", "two"):
+        name = f"bytes-{hashlib.sha256(text.encode()).hexdigest()}"
+        assert any(path.name.startswith(name) for path in (cache / "tokens").iterdir())
+
+
+@needs_tiktoken
+def test_each_tokenizer_has_its_own_tokens():
+    assert data.tokens_of("hello world", BYTES).tolist() == list(b"hello world")
+    assert data.tokens_of("hello world", data.GPT2).tolist() == [31373, 995]
+
+
+def test_old_and_unfinished_files_are_not_read_as_tokens(cache, monkeypatch):
+    """Earlier versions wrote 32 bytes before the ids; a process killed while it writes leaves half a file."""
+    name = f"bytes-{hashlib.sha256(b'text').hexdigest()}.bin"
+    ids = b"t\0e\0x\0t\0"
+    (cache / "tokens").mkdir()
+    (cache / "tokens" / name).write_bytes(hashlib.sha256(name.encode() + ids).digest() + ids)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(os, "fsync", killed)
+        data.tokens_of("other", BYTES)
+    for text in ("text", "other"):
+        assert data.tokens_of(text, BYTES).tolist() == list(text.encode())
 
 
 # ----- texts -----
 
 
 def test_own_text_is_split_at_lines(tmp_path):
-    """90% train, 5% val, 5% test, nothing lost or doubled, each cut at the first line end after its share."""
-    text = "".join(f"line {i} {'.' * (i % 7)}\n" for i in range(2000))
-    (tmp_path / "mine.txt").write_text(text)
+    """90% train, 5% val, 5% test, each cut at the first line end after its share; line ends and byte order
+    marks stay as they are."""
+    text = "\ufeffone\r\n" + "".join(f"line {i} {'.' * (i % 7)}\r\n" for i in range(2000))
+    (tmp_path / "mine.txt").write_bytes(text.encode())
     splits = data.own_text(tmp_path / "mine.txt")
     assert list(splits) == ["train", "val", "test"]
     assert "".join(splits.values()) == text
@@ -174,66 +147,50 @@ def test_own_text_is_split_at_lines(tmp_path):
 
 def test_own_folder_is_read_in_the_order_of_its_paths(tmp_path):
     """Every .txt, .md and .py file below the folder, sorted, with <|endoftext|> between; nothing else."""
-    for name in ("b.txt", "a/z.md", "a/b/c.py", "c.bin", "a.txt.gz", "B.txt"):
+    for name in ("b.txt", "a/z.md", "a/b/c.py", "c.bin", "a.txt.gz", "B.txt", "folder.md/d.txt"):
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{name}\n")
     whole = "".join(data.own_text(tmp_path / "mine").values())
-    assert whole == data.EOT.join(["B.txt\n", "a/b/c.py\n", "a/z.md\n", "b.txt\n"])
-
-
-def test_folder_named_like_a_text_is_no_text(tmp_path):
-    """A folder called notes.md, as some tools make, is searched and not read."""
-    (tmp_path / "notes.md").mkdir()
-    (tmp_path / "notes.md" / "a.txt").write_text("a\n")
-    assert "".join(data.own_text(tmp_path).values()) == "a\n"
-
-
-def test_invalid_utf8_is_refused(tmp_path):
-    """Bytes that are no UTF-8 are named with file and offset."""
-    path = tmp_path / "latin1.txt"
-    path.write_bytes(b"caf\xe9\n" * 3)
-    with pytest.raises(data.UserError, match=r"latin1\.txt is not UTF-8 at byte 3"):
-        data.own_text(path)
-
-
-def test_carriage_returns_and_byte_order_marks_stay(tmp_path):
-    """Loss is per token of the text as it is: nothing is translated on the way."""
-    path = tmp_path / "windows.txt"
-    path.write_bytes("\ufeffone\r\ntwo\r\n".encode())
-    assert "".join(data.own_text(path).values()) == "\ufeffone\r\ntwo\r\n"
-
-
-@pytest.mark.parametrize("text", ["", "\n", "x" * 300 + "\ny", "a\n" * 10])
-def test_too_short_text_is_refused_with_the_numbers(tmp_path, text):
-    """An empty or too short text is refused before training, with its size and what is needed."""
-    path = tmp_path / "short.txt"
-    path.write_text(text)
-    with pytest.raises(
-        data.UserError, match=r"short\.txt is too short: its \w+ split has [\d,]+ tokens"
-    ) as e:
-        data.load(str(path), data.BYTES, 128)
-    numbers = [int(word.replace(",", "")) for word in str(e.value).split() if word.replace(",", "").isdigit()]
-    train_size = len(data.own_text(path)["train"])
-    assert numbers == ([train_size, 257] if train_size < 257 else [0, 2])
+    assert whole == data.EOT.join(["B.txt\n", "a/b/c.py\n", "a/z.md\n", "b.txt\n", "folder.md/d.txt\n"])
 
 
 def test_shortest_text_is_accepted(tmp_path):
     """2 T + 1 training tokens are two windows, enough for a batch at every step; one less is refused."""
     path = tmp_path / "short.txt"
     path.write_text("ab\n" * 60)  # 90% are 162 bytes, the next line ends at 165 = 2 * 82 + 1
-    tokens = data.load(str(path), data.BYTES, 82)
+    tokens = data.load(str(path), BYTES, 82)
     assert [len(tokens[split]) for split in ("train", "val", "test")] == [165, 9, 6]
     assert data.batch(tokens["train"], 82, 5, 3, 0)[0].shape == (5, 82)
-    with pytest.raises(data.UserError, match="train split has 165 tokens and needs 167"):
-        data.load(str(path), data.BYTES, 83)
+    with pytest.raises(data.UserError, match="short.txt.* train .*165 .* 167 "):
+        data.load(str(path), BYTES, 83)
 
 
-def test_unknown_name_is_refused():
-    """A data set that is neither built in nor a file is refused with the names there are."""
-    with pytest.raises(data.UsageError, match="'wikitext3'.*wikitext2, webtext, docs, code") as e:
-        data.load("wikitext3", data.BYTES, 8)
-    assert e.value.status == 2
+BAD_TEXTS = {  # what a user needs to know: what the file holds
+    "split at line ends": b"one line" * 999,
+    "train": b"",
+    "val": b"x" * 300 + b"\ny",
+    "UTF-8 at byte 3": b"caf\xe9\n" * 300,
+}
+
+
+@pytest.mark.parametrize("says", BAD_TEXTS)
+def test_text_that_cannot_be_used(tmp_path, says):
+    (tmp_path / "bad.txt").write_bytes(BAD_TEXTS[says])
+    with pytest.raises(data.UserError, match=f"bad.txt.*{says}"):
+        data.load(str(tmp_path / "bad.txt"), BYTES, 128)
+
+
+def test_name_of_no_text(tmp_path, monkeypatch):
+    """Neither built in nor here, or a folder of other files: refused before anything is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    for read in (data.check_name, lambda name: data.load(name, BYTES, 8)):
+        with pytest.raises(data.UserError, match="wikitext3.*wikitext2, webtext, docs, code"):
+            read("wikitext3")
+    (tmp_path / "manual").mkdir()
+    (tmp_path / "manual" / "a.rst").write_text("text\n" * 99)
+    with pytest.raises(data.UserError, match=rf"{tmp_path}/manual .*\.txt, \.md, \.py"):
+        data.check_name("manual")
 
 
 def test_built_in_name_that_is_here_too(tmp_path, monkeypatch, capsys):
@@ -241,61 +198,30 @@ def test_built_in_name_that_is_here_too(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("mine\n" * 400)
     monkeypatch.chdir(tmp_path)
-    data.check_name("docs")
     data.check_name("./docs")
-    data.check_name("code")
-    assert capsys.readouterr().err == "docs is the built-in text: to take what is here, write ./docs\n"
-    topic = data.load("docs", data.BYTES, 8)["test"]
-    assert data.decode(topic, data.BYTES) == data.docs()["test"]
-    assert set(data.decode(data.load("./docs", data.BYTES, 8)["test"], data.BYTES)) == set("mine\n")
+    assert capsys.readouterr().err == ""
+    data.check_name("docs")
+    assert "./docs" in capsys.readouterr().err
+    assert data.decode(data.load("docs", BYTES, 8)["test"], BYTES) == data.docs()["test"]
+    assert set(data.decode(data.load("./docs", BYTES, 8)["test"], BYTES)) == set("mine\n")
 
 
-def test_text_of_one_line_is_refused_with_the_reason(tmp_path):
-    """All of it would be train: say how a text is split. A short text of several lines has another fault."""
-    path = tmp_path / "one.txt"
-    for text in ("no end " * 999, "one end " * 999 + "\n"):
-        path.write_text(text)
-        with pytest.raises(data.UserError, match="split at line ends, 90/5/5, and this one has one line"):
-            data.load(str(path), data.BYTES, 8)
-    path.write_text("two\nlines\n")
-    with pytest.raises(data.UserError, match="split at line ends, 90/5/5$"):
-        data.load(str(path), data.BYTES, 8)
-
-
-def test_folder_without_a_text_is_refused_before_anything(tmp_path, monkeypatch):
-    """Empty, or full of another kind of file: say which kinds are read, and where we looked."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "manual").mkdir()
-    for count in range(3):
-        with pytest.raises(data.UsageError, match=rf"{tmp_path}/manual has {count} files.*\.txt, \.md, \.py"):
-            data.check_name("manual")
-        (tmp_path / "manual" / f"{count}.rst").write_text("text\n" * 99)
-    with pytest.raises(data.UsageError, match=f"no file {tmp_path}/nowhere.txt"):
-        data.check_name("nowhere.txt")
-
-
-def test_docs_and_code_are_the_whole_text_of_this_python():
-    """The embedded texts need no network, lose or double no line, and are split 90/5/5."""
+def test_embedded_texts_are_the_whole_text_in_any_order():
+    """They need no network, lose or double no line, and are split 90/5/5. Pieces of 2,000 characters and the
+    rest of a line lie in an order that owes nothing to the alphabet: any part is like the whole."""
     folder = Path(os.__file__).parent  # the standard library
     modules = [path.read_text("utf-8", "replace") for path in folder.iterdir() if path.suffix == ".py"]
     interface = Path(torch.__file__).parent / "include/torch/csrc/api/include"
-    headers = [(Path(at) / name).read_text("utf-8", "replace")
-               for at, _, names in os.walk(interface) for name in names if name.endswith(".h")]  # fmt: skip
-    both = ((data.docs(), topics.values()), (data.code(), modules))
-    for splits, texts in (*both, (data.headers(), headers)):
+    headers = [path.read_text("utf-8", "replace") for path in interface.rglob("*.h")]
+    read = {data.docs: topics.values(), data.code: modules, data.headers: headers}
+    for source, texts in read.items():
+        splits = source()
+        sizes = np.array([len(text) for text in splits.values()])
+        assert np.abs(sizes / sizes.sum() - [0.90, 0.05, 0.05]).max() < 0.01
         pieces = "".join(splits.values()).split(data.EOT)
         lines = Counter(line for piece in pieces for line in piece.split("\n") if line)
         assert lines == Counter(line for text in texts for line in text.split("\n") if line)
-        sizes = np.array([len(text) for text in splits.values()])
-        assert np.abs(sizes / sizes.sum() - [0.90, 0.05, 0.05]).max() < 0.01
-
-
-def test_any_part_of_docs_and_code_is_like_the_whole():
-    """Pieces of 2,000 characters and the rest of a line, in an order that owes nothing to the alphabet."""
-    for splits in (data.docs(), data.code(), data.headers()):
-        pieces = "".join(splits.values()).split(data.EOT)
-        line = max(len(line) for piece in pieces for line in piece.split("\n"))
-        assert max(map(len, pieces)) <= 2000 + line + 1
+        assert max(map(len, pieces)) <= 2000 + max(map(len, lines)) + 1
         # Only the end of a file, or a short file, is a shorter piece.
         assert sum(len(piece) >= 2000 for piece in pieces) > len(pieces) / 2
         # In a random order every second piece stands before its successor in the alphabet, with an error of
@@ -305,110 +231,48 @@ def test_any_part_of_docs_and_code_is_like_the_whole():
         assert abs(ascents - n / 2) < 5 * (n / 12) ** 0.5
 
 
-def test_docs_and_code_are_the_same_in_every_process():
+def test_embedded_texts_are_the_same_in_every_process():
     """A resumed run, and every rank, must see the same text: no order of sets, hashes or folders."""
-    line = "import data, hashlib; "
-    line += "print(hashlib.sha256(repr((data.docs(), data.code())).encode()).hexdigest())"
-    env = dict(os.environ, PYTHONHASHSEED="1")
-    other = subprocess.run([sys.executable, "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
-    here = hashlib.sha256(repr((data.docs(), data.code())).encode()).hexdigest()
-    assert other.stdout.strip() == here, other.stderr
+    digest = "hashlib.sha256(repr((data.docs(), data.code(), data.headers())).encode()).hexdigest()"
+    command = [sys.executable, "-c", f"import data, hashlib; print({digest})"]
+    env = os.environ | {"PYTHONHASHSEED": "1"}
+    other = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert other.stdout.strip() == eval(digest), other.stderr
 
 
-def test_a_torch_without_headers_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(data.UserError, match=f"no headers in {tmp_path}.* another --dataset"):
-        data.headers()
-
-
-def put_wikitext(tmp_path, monkeypatch, members, right=None):
-    """A small zip under WikiText's name in the cache, believed to be the right one."""
-    path = tmp_path / "cache" / "wikitext-2-raw-v1.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, text in members.items():
-            z.writestr(name, text)
+def test_wikitext_is_read_unchanged(cache, monkeypatch):
+    """Three members of the zip, with their line ends; nothing is extracted."""
+    path = cache / "wikitext-2-raw-v1.zip"
+    with zipfile.ZipFile(path, "w") as z:
+        for split in ("train", "valid", "test"):
+            z.writestr(f"wikitext-2-raw/wiki.{split}.raw", f" \r\n = {split} = \n")
     raw = path.read_bytes()
     monkeypatch.setattr(data, "WIKITEXT_ZIP", (len(raw), hashlib.sha256(raw).hexdigest()))
-    hashes = {
-        k: (m, hashlib.sha256(members[f"wikitext-2-raw/wiki.{m}.raw"].encode()).hexdigest())
-        for k, (m, _) in data.WIKITEXT_FILES.items()
-    }
-    monkeypatch.setattr(data, "WIKITEXT_FILES", hashes | (right or {}))
+    splits = {"train": "train", "val": "valid", "test": "test"}
+    assert data.wikitext2() == {split: f" \r\n = {name} = \n" for split, name in splits.items()}
+    assert list(cache.iterdir()) == [path]
 
 
-WIKI = {f"wikitext-2-raw/wiki.{split}.raw": f" \n = {split} = \n" for split in ("train", "valid", "test")}
-DECOYS = {
-    "wiki.train.raw": "no",
-    "../wikitext-2-raw/wiki.train.raw": "no",
-    "wikitext-2/wiki.train.tokens": "no",
-}
-
-
-def test_wikitext_members_are_read_by_exact_name(tmp_path, monkeypatch):
-    """The three raw files, unchanged, whatever else the zip holds; nothing is extracted."""
-    put_wikitext(tmp_path, monkeypatch, DECOYS | WIKI)
-    assert data.wikitext2() == {
-        "train": " \n = train = \n",
-        "val": " \n = valid = \n",
-        "test": " \n = test = \n",
-    }
-    assert [p.name for p in (tmp_path / "cache").rglob("*")] == ["wikitext-2-raw-v1.zip"]
-
-
-def test_wikitext_member_with_another_hash_is_refused(tmp_path, monkeypatch):
-    """Another WikiText gives other perplexities: each member is checked on its own."""
-    other = {"test": ("test", "0" * 64)}
-    put_wikitext(tmp_path, monkeypatch, WIKI, other)
-    with pytest.raises(data.UserError, match=r"wiki\.test\.raw in .*zip has the wrong sha256"):
-        data.wikitext2()
-
-
-def test_webtext_trains_on_valid_and_measures_on_test(tmp_path, monkeypatch):
+def test_webtext_trains_on_valid_and_measures_on_test(cache, monkeypatch):
     """One JSON object a line, documents joined by <|endoftext|>; line separators inside a text stay."""
-    lines = {"valid": ["a\u2028b", "c"], "test": ["d", "e"]}
-    for split, texts in lines.items():
-        rows = "".join(json.dumps({"id": 1, "text": t}, ensure_ascii=False) + "\n" for t in texts)
-        (tmp_path / "cache" / f"webtext.{split}.jsonl").write_text(rows, encoding="utf-8")
-        monkeypatch.setitem(data.WEBTEXT_BYTES, split, len(rows.encode()))
+    for split, texts in {"valid": ["a\u2028b", "c"], "test": ["d", "e"]}.items():
+        lines = "".join(json.dumps({"id": 1, "text": t}, ensure_ascii=False) + "\n" for t in texts)
+        (cache / f"webtext.{split}.jsonl").write_text(lines, encoding="utf-8")
+        monkeypatch.setitem(data.WEBTEXT_BYTES, split, len(lines.encode()))
     valid, test = f"a\u2028b{data.EOT}c", f"d{data.EOT}e"
     assert data.webtext() == {"train": valid, "val": test, "test": test}
-    path = tmp_path / "cache" / "webtext.test.jsonl"
-    path.write_bytes(path.read_bytes()[:-2] + b"?\n")
-    with pytest.raises(data.UserError, match=r"webtext\.test\.jsonl, line 2: not JSON"):
-        data.webtext()
-
-
-def test_webtext_is_tokenised_twice_not_three_times(tmp_path, monkeypatch):
-    """val and test are one text, of 3 million tokens."""
-    for split in data.WEBTEXT_BYTES:
-        rows = json.dumps({"text": split * 99}) + "\n"
-        (tmp_path / "cache" / f"webtext.{split}.jsonl").write_text(rows)
-        monkeypatch.setitem(data.WEBTEXT_BYTES, split, len(rows))
-    encode, seen = data.encode, []
-    monkeypatch.setattr(data, "encode", lambda text, *args: seen.append(text) or encode(text, *args))
-    tokens = data.load("webtext", data.BYTES, 8)
-    assert seen == ["valid" * 99, "test" * 99]
-    assert tokens["val"].tolist() == tokens["test"].tolist() == list(b"test" * 99)
-
-
-def test_lambada_rows(tmp_path, monkeypatch):
-    """The passages as they are, each for itself."""
-    raw = b'{"text": "one two"}\n{"text": "three \\u00e9"}\n'
-    (tmp_path / "cache" / "lambada_test.jsonl").write_bytes(raw)
-    monkeypatch.setattr(data, "LAMBADA", (len(raw), hashlib.sha256(raw).hexdigest()))
-    assert data.lambada() == ["one two", "three é"]
 
 
 # ----- what a run writes -----
 
 
 def test_checkpoint_of_another_format_is_not_called_damaged(tmp_path):
-    """An older version's ckpt.pt is whole: say which format is read and what can be done with the run."""
-    for value, found in (({"version": 2}, "2"), ({"model": {}}, "None"), ([1], "None")):
+    """An older version's ckpt.pt is whole, and cannot be resumed."""
+    for value in ({"version": 2}, {"model": {}}, [1]):
         torch.save(value, tmp_path / "ckpt.pt")
-        with pytest.raises(data.UserError, match=f"ckpt.pt has format {found}, and only") as e:
+        with pytest.raises(data.UserError, match="ckpt.pt has format") as e:
             data.load_checkpoint(tmp_path / "ckpt.pt")
-        assert f"--init={tmp_path / 'model'}" in str(e.value) and "damaged" not in str(e.value)
+        assert "damaged" not in str(e.value)
     with pytest.raises(FileNotFoundError):
         data.load_checkpoint(tmp_path / "no.pt")
 
@@ -419,78 +283,55 @@ def test_log_is_strict_json(tmp_path):
     path.write_text("what was here")
     data.write_jsonl(path, rows, "w")
     data.write_jsonl(path, [{"kind": "eval"}], "a")
-    assert data.read_jsonl(path) == [*rows, {"kind": "eval"}]
-    before = path.read_bytes()
     for bad in (float("nan"), float("inf"), -float("inf")):
         for mode in "aw":
             with pytest.raises(ValueError, match="JSON"):
                 data.write_jsonl(path, [*rows, {"loss": {"base": bad}}], mode)
-            assert path.read_bytes() == before
         (tmp_path / "bad.jsonl").write_text(json.dumps({"loss": bad}))
-        with pytest.raises(data.UserError, match=r"bad.jsonl, line 1: not JSON"):
+        with pytest.raises(data.UserError, match="bad.jsonl, line 1"):
             data.read_jsonl(tmp_path / "bad.jsonl")
+    assert data.read_jsonl(path) == [*rows, {"kind": "eval"}]
 
 
 def test_a_file_gets_its_name_once_it_is_on_the_disk(tmp_path, monkeypatch):
     """All of it, or the file of before: whatever happens, and when the power goes."""
-    path, seen = tmp_path / "file", []
+    path, fsync, seen = tmp_path / "file", os.fsync, []
     path.write_bytes(b"before")
-    fsync, replace = os.fsync, os.replace
 
-    def note_fsync(number):
-        seen.append(("on the disk", os.fstat(number).st_size, path.read_bytes()))
+    def note(number):
+        seen.append((os.fstat(number).st_size, path.read_bytes()))
         fsync(number)
 
-    def note_replace(source, target):
-        seen.append(("named", os.stat(source).st_size, path.read_bytes()))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(os, "fsync", note)
     with data.replacing(path) as f:
         f.write(b"x" * 100)
-    assert seen == [("on the disk", 100, b"before"), ("named", 100, b"before")]
-    assert path.read_bytes() == b"x" * 100
+    assert seen == [(100, b"before")] and path.read_bytes() == b"x" * 100
     with pytest.raises(KeyError), data.replacing(path) as f:
         f.write(b"y")
         raise KeyError
     assert path.read_bytes() == b"x" * 100
 
 
-HOLD = "import sys, time, data; lock = data.lock_run(sys.argv[1]); print('held', flush=True); time.sleep(60)"
-
-
 @pytest.mark.skipif(data.fcntl is None, reason="no file locks on this system")
 def test_second_process_in_a_run_is_refused_until_the_first_is_gone(tmp_path):
-    """Two processes would interleave one log. A kill leaves nothing to clean up."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as first:
-        assert first.stdout.readline() == b"held\n"
-        with pytest.raises(data.UserError, match=f"another process is training in {tmp_path}: wait.*--out"):
-            data.lock_run(tmp_path)
-        first.kill()
-    with data.lock_run(tmp_path):
-        with pytest.raises(data.UserError):
-            data.lock_run(tmp_path)
-    data.lock_run(tmp_path).close()
+    """Two processes would interleave one log. The file that is left over locks nobody out."""
+    path = tmp_path / "run" / "lock"
+    for _ in range(2):
+        with data.lock(path, wait=False), pytest.raises(data.UserError, match="--out") as e:
+            data.lock(path, wait=False)
+        assert str(path.parent) in str(e.value)
 
 
-class NoLocks:
-    """fcntl on a disk that has no locks."""
-
-    LOCK_EX, LOCK_NB = 2, 4
-
-    @staticmethod
-    def flock(*args):
-        raise OSError(37, "No locks available")
+def no_locks(*args):
+    raise OSError(37, "No locks available")
 
 
-@pytest.mark.parametrize("fcntl", [None, NoLocks])
+@pytest.mark.parametrize("fcntl", [None, SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=no_locks)])
 def test_system_without_locks_says_so(tmp_path, monkeypatch, capsys, fcntl):
     """On Windows, and on disks that have no locks, a run goes on with one sentence, a download with none."""
     monkeypatch.setattr(data, "fcntl", fcntl)
-    for _ in range(2):
-        data.lock_run(tmp_path).close()
-        assert f"do not start a second process in {tmp_path}\n" in capsys.readouterr().err
+    data.lock(tmp_path / "lock", wait=False).close()
+    assert str(tmp_path) in capsys.readouterr().err
     data.lock(tmp_path / "file.lock").close()
     assert capsys.readouterr().err == ""
 
@@ -513,20 +354,19 @@ def test_batch_shapes_and_targets():
     assert x.is_contiguous() and y.is_contiguous()
     assert torch.equal(y, x + 1) and (x[:, 0] % T == 0).all()
     assert torch.equal(x, x[:, :1] + torch.arange(T))
-
-
-def test_batches_hold_the_largest_ids():
-    """Half of GPT-2's vocabulary lies above what 16 bits with a sign can hold."""
+    # Half of GPT-2's vocabulary lies above what 16 bits with a sign can hold.
     x, y = data.batch(np.full(20, 50256, np.uint16), T, 2, 0, 0)
     assert (x == 50256).all() and (y == 50256).all()
 
 
 def test_every_window_once_an_epoch():
-    """Three epochs in batches that do not divide them: each takes every window once, in its own order."""
+    """Three epochs in batches that do not divide them: each takes every window once, in its own order, and
+    each seed has its own orders."""
     drawn = sum(starts(6, range(3 * WINDOWS // 6)), [])
     epochs = [drawn[i : i + WINDOWS] for i in range(0, 3 * WINDOWS, WINDOWS)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(0, WINDOWS * T, T))] * 3
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    orders = {tuple(sum(starts(WINDOWS, [epoch], seed), [])) for seed in range(20) for epoch in range(3)}
+    assert len(orders) == 60 and orders >= set(map(tuple, epochs))
 
 
 def test_batches_are_a_function_of_seed_and_step():
@@ -537,12 +377,6 @@ def test_batches_are_a_function_of_seed_and_step():
     starts(6, range(40), seed=1)
     assert starts(6, reversed(range(40))) == forward[::-1]
     assert sum(starts(3, range(80)), []) == sum(forward, [])  # the step only counts rows
-
-
-def test_seeds_differ():
-    """Each seed has its own order, in every epoch."""
-    orders = {tuple(sum(starts(WINDOWS, [epoch], seed), [])) for seed in range(20) for epoch in range(3)}
-    assert len(orders) == 60
 
 
 def test_last_window_needs_its_last_target():

@@ -1,20 +1,24 @@
 """Published numbers of OpenAI's 124M, checked whenever its files are in the cache folder of the user."""
 
-import hashlib
+import math
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, needs_tiktoken
+from conftest import SHARED, needs_cuda, needs_tiktoken
 
 import data
+import eval as e
 import model as m
 from model import GPT
 
-FOLDER = Path(os.environ.get("GROWING_GPT_WEIGHTS", Path.home() / ".cache" / "growing-gpt" / "gpt2-124M"))
-SHAKESPEARE = Path(os.environ.get("GROWING_GPT_SHAKESPEARE", SHARED / "data" / "shakespeare.txt"))
+CACHE = Path.home() / ".cache" / "growing-gpt"
+FOLDER = Path(os.environ.get("GROWING_GPT_WEIGHTS", CACHE / "gpt2-124M"))
+WIKITEXT = CACHE / "wikitext-2-raw-v1.zip"
+SHAKESPEARE = SHARED / "data" / "shakespeare.txt"
 pytestmark = [
     pytest.mark.skipif(not (FOLDER / m.DATA).exists(), reason=f"OpenAI's 124M weights are not in {FOLDER}"),
     needs_tiktoken,
@@ -48,17 +52,11 @@ def test_a_logit_and_a_loss(gpt2):
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tiny Shakespeare is not there")
-def test_losses_of_llm_c(gpt2):
-    """The losses on llm.c's debug batch, before and after AdamW steps."""
-    ids = []
-    pieces = SHAKESPEARE.read_text().split("\n\n")
-    for i, piece in enumerate(pieces[:20]):
-        ids += [50256, *data.encode(piece + ("\n\n" if i + 1 < len(pieces) else "")).tolist()]
-    ids = np.array(ids[:257], np.uint16)
-    digest = "f3cb1f678d40cf5a120662b12a20fdacc5bd2e08c13ebb230a93e9f6f82f1df4"
-    assert hashlib.sha256(ids.tobytes()).hexdigest() == digest
-    ids = torch.from_numpy(ids.astype(np.int64))
-    x, y = ids[:-1].view(4, 64), ids[1:].view(4, 64)
+def test_losses_of_llm_c():
+    """The losses on llm.c's debug batch (test_data.py knows its hash), before and after AdamW steps."""
+    pieces = SHAKESPEARE.read_text().split("\n\n")[:20]
+    ids = data.encode("".join(f"{data.EOT}{piece}\n\n" for piece in pieces))[:257].astype(np.int64)
+    x, y = torch.from_numpy(ids)[:-1].view(4, 64), torch.from_numpy(ids)[1:].view(4, 64)
     net = GPT.from_pretrained(FOLDER)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     expected = "5.270007 4.059707 3.375123 2.800783 2.315382 1.849029 1.394656 0.999147 0.624080 0.376511"
@@ -68,3 +66,15 @@ def test_losses_of_llm_c(gpt2):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+@needs_cuda
+@pytest.mark.skipif(not WIKITEXT.exists(), reason=f"{WIKITEXT} is not there")
+def test_perplexity_of_wikitext2():
+    """30.13, as published: on the validation split, from the mean of the means of windows of 1,024."""
+    net = GPT.from_pretrained(FOLDER).cuda()
+    text = zipfile.ZipFile(WIKITEXT).read("wikitext-2-raw/wiki.valid.raw").decode()
+    tokens = data.encode(text)
+    windows = [tokens[i : i + 1024] for i in range(0, len(tokens), 1024)]
+    losses = [e.evaluate(net, window) for window in windows if len(window) > 1]
+    assert math.exp(sum(losses) / len(losses)) == pytest.approx(30.13, abs=0.01)

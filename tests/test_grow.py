@@ -2,29 +2,21 @@
 
 import copy
 import itertools
-import json
 import math
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from conftest import SCRATCH, TINY, rows, tiny_gpt, typed
 
 import grow
 import train
 from data import UserError
-from model import GPT, GPTConfig
 
 
-def small(depth=3, seed=0, dropout=0.0):
-    """The same seed gives the same weights, whatever the dropout."""
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(17, 8, 2, 8, (0,) * depth, dropout))
-    for p in model.parameters():
-        p.data += torch.randn_like(p) * 0.1
-    return model
+def small(depth=3, **more):
+    return tiny_gpt((0,) * depth, 17, 8, **more)
 
 
 def batch(seed=0, rows=4):
@@ -41,25 +33,27 @@ def train_steps(model, steps, optimizer=None, wd=0.1):
     return optimizer
 
 
-@pytest.mark.parametrize(
-    "init, dtype", list(itertools.product(["copy", "fresh"], [torch.float32, torch.bfloat16]))
-)
-def test_insertion_keeps_the_logits_bitwise(init, dtype):
+# ----- Insertion -----
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("init", ["copy", "fresh"])
+def test_insertion_keeps_the_logits_bitwise(init, precision):
     for at in range(4):
         model = small()
-        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        if precision == "bfloat16":
+            model = model.bfloat16()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             before = model(batch()[0])[0]
             block = grow.insert_block(model, at, init)
             assert torch.equal(before, model(batch()[0])[0])
         assert model.h[at] is block and model.config.generation == (*[0] * at, 1, *[0] * (3 - at))
+        assert {p.dtype for p in block.parameters()} == {model.wte.weight.dtype}
         for projection in (block.attn.c_proj, block.mlp.c_proj):
             assert not projection.weight.any() and not projection.bias.any()
-        below = model.h[max(at - 1, 0)] if at else model.h[1]
-        assert torch.equal(block.attn.c_attn.weight, below.attn.c_attn.weight) == (init == "copy")
-    with pytest.raises(UserError):
-        grow.insert_block(small(), 4)
-    with pytest.raises(UserError):
-        grow.insert_block(small(), 0, "zero")
+    for at, other in ((-1, init), (4, init), (0, "zero")):
+        with pytest.raises(UserError):
+            grow.insert_block(small(), at, other)
 
 
 def test_a_copied_block_is_its_neighbour_but_for_the_output_projections():
@@ -72,34 +66,11 @@ def test_a_copied_block_is_its_neighbour_but_for_the_output_projections():
             assert torch.equal(p, neighbour[name]) != name.split(".")[1].startswith("c_proj"), name
         addresses = [p.data_ptr() for p in model.parameters()]
         assert len(set(addresses)) == len(addresses)  # no two share memory
-    for at in (-1, 4):
-        with pytest.raises(UserError, match="index from 0 to"):
-            grow.insert_block(small(), at)
-
-
-def test_a_new_block_is_one_generation_younger_than_all_others():
-    """Whatever numbers a loaded network brings."""
-    model = GPT(GPTConfig(17, 8, 2, 8, (0, 4, 2, 0)))
-    grow.insert_block(model, 1)
-    assert model.config.generation == (0, 5, 4, 2, 0)
-
-
-@pytest.mark.parametrize("init", ["copy", "fresh"])
-def test_insertion_into_a_bfloat16_network_keeps_the_logits_bitwise(init):
-    model = small().bfloat16()
-    with torch.no_grad():
-        before = model(batch()[0])[0]
-        block = grow.insert_block(model, 2, init)
-        assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
-        assert torch.equal(before, model(batch()[0])[0])
 
 
 def test_a_fresh_block_has_the_random_weights_of_a_new_network():
     """GPT-2's N(0, 0.02) whatever the network has become; gains one, biases and output projections zero."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(17, 8, 2, 64, (0, 0)))
-    for p in model.parameters():
-        p.data += torch.randn_like(p)
+    model = small(2, n_embd=64)
     for name, p in grow.insert_block(model, 1, "fresh").named_parameters():
         p = p.detach()
         if name.endswith(("c_attn.weight", "c_fc.weight")):
@@ -115,14 +86,13 @@ def test_a_fresh_block_has_the_random_weights_of_a_new_network():
 @pytest.mark.parametrize("init", ["copy", "fresh"])
 def test_a_new_block_is_in_the_mode_of_the_network(training, init):
     """Dropout must work in a new block while it trains, and must not while the network is measured."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(17, 8, 2, 8, (0, 0), dropout=0.5)).train(training)
+    model = small(2, dropout=0.5).train(training)
     block = grow.insert_block(model, 1, init)
-    assert all(part.training == training for part in block.modules())
     for p in block.parameters():
         p.data += torch.randn_like(p)  # no longer the identity
     x = torch.randn(4, 8, 8)
     assert torch.equal(block(x), block(x)) == (not training)
+    assert all(part.training == training for part in (*model.modules(), *grow.original(model).modules()))
 
 
 def test_only_the_projections_have_gradient_at_birth_and_all_after_two_steps():
@@ -137,6 +107,43 @@ def test_only_the_projections_have_gradient_at_birth_and_all_after_two_steps():
     assert all(not torch.equal(p, before[n]) for n, p in block.named_parameters())
 
 
+PLACES = [  # where, depth, growths: how many original blocks lie below each that is inserted
+    ("spread", 12, 3, [12, 8, 4]),
+    ("spread", 32, 8, [32, 28, 24, 20, 16, 12, 8, 4]),  # LLaMA Pro
+    ("spread", 5, 3, [5, 3, 2]),  # groups of 5/3 blocks: 5, 3.33 and 1.67, each to the nearest block
+    ("spread", 2, 5, [2, 2, 1, 1, 1]),  # 2, 1.6, 1.2, 0.8 and 0.4: never below the first block
+    ("upper", 12, 3, [12, 10, 8]),  # the card
+    ("upper", 5, 3, [5, 4, 3]),  # of the upper 2.5 blocks: 5, 4.17 and 3.33
+    ("top", 5, 2, [5, 5]),
+    ("bottom", 5, 2, [0, 0]),
+    ("1", 3, 2, [1, 1]),  # a number is an index into the network as it is: the newest lies lowest
+]
+
+
+@pytest.mark.parametrize("where, depth, growths, below", PLACES)
+def test_placement(where, depth, growths, below):
+    model, found = small(depth, n_embd=2), []
+    for k in range(growths):
+        at = grow.placement(where, model, k, growths)
+        found.append(model.config.generation[:at].count(0))
+        grow.insert_block(model, at)
+    assert found == below
+
+
+@pytest.mark.parametrize("where, depth, growths, below", [PLACES[2], PLACES[-1]])
+def test_placement_in_a_run(text, tmp_path, where, depth, growths, below):
+    options = dict(where=where, grow_every=1, max_growths=growths, max_steps=growths + 1)
+    shape = dict(dataset=text, retain="none", n_layer=depth, out=tmp_path / "run")
+    train.main(typed(**{**TINY, **SCRATCH, **options, **shape}))
+    blocks, found = ["original"] * depth, []
+    for event in rows(tmp_path / "run", "event"):
+        found.append(blocks[: event["at"]].count("original"))
+        blocks.insert(event["at"], "grown")
+    assert found == below
+
+
+# ----- Freezing, the teacher, the optimizer -----
+
 POLICIES = {"base": {1, 3}, "older": {1}, "none": {0, 1, 2, 3, 4, "rest"}, "top2": {1, 2, 3, 4}}
 
 
@@ -150,39 +157,24 @@ def test_freeze(policy):
     grow.insert_block(model, 1)
     model(*batch())[1].backward()
     grow.freeze(model, policy)
+    named = dict(model.named_parameters())
     trains = {
-        int(n.split(".")[1]) if n.startswith("h.") else "rest"
-        for n, p in model.named_parameters()
-        if p.requires_grad
+        int(n.split(".")[1]) if n.startswith("h.") else "rest" for n, p in named.items() if p.requires_grad
     }
     assert trains == POLICIES[policy]
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    frozen = {n: p.detach().clone() for n, p in named.items() if not p.requires_grad}
     optimizer = train_steps(model, 3)
-    named = dict(model.named_parameters())
     assert all(torch.equal(named[n], value) and named[n].grad is None for n, value in frozen.items())
     assert {id(p) for p in optimizer.state} == {id(p) for p in grow.trainable(model)}
-    with pytest.raises(UserError):
-        grow.freeze(model, "everything")
-
-
-def test_freezing_can_be_undone_and_refuses_more_blocks_than_there_are():
-    """Each policy says of every parameter whether it trains, whatever another said before."""
-    model = small()
-    grow.insert_block(model, 2)
     grow.freeze(model, "base")
     grow.freeze(model, "none")
     assert all(p.requires_grad for p in model.parameters())
-    for policy in ("top0", "top4", "top", "top-1"):  # it has three original blocks
-        with pytest.raises(UserError, match="top1 to top3"):
-            grow.freeze(model, policy)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_original_has_the_mode_of_the_network_and_leaves_it_so(training):
-    model = small(dropout=0.5).train(training)
-    grow.insert_block(model, 2)
-    teacher = grow.original(model)
-    assert all(part.training == training for net in (model, teacher) for part in net.modules())
+@pytest.mark.parametrize("policy", ["everything", "top", "top0", "top4", "top-1"])
+def test_a_policy_that_there_is_not_is_refused(policy):
+    with pytest.raises(UserError, match="top3"):  # it has three original blocks
+        grow.freeze(small(), policy)
 
 
 def test_original_shares_every_tensor_and_gives_the_pretrained_logits():
@@ -201,47 +193,6 @@ def test_original_shares_every_tensor_and_gives_the_pretrained_logits():
     assert len({p.data_ptr() for p in objective.parameters()}) == len(owned)
 
 
-def test_placement():
-    def grown(where, growths, depth=12):
-        model = GPT(GPTConfig(17, 8, 1, 4, (0,) * depth))
-        for k in range(growths):
-            grow.insert_block(model, grow.placement(where, model, k, growths))
-        generation = model.config.generation
-        return [sum(g == 0 for g in generation[:i]) for i, g in enumerate(generation) if g]
-
-    assert grown("spread", 3) == [4, 8, 12]  # how many original blocks are below each grown one
-    assert grown("spread", 8, 32) == [4, 8, 12, 16, 20, 24, 28, 32]  # LLaMA Pro
-    assert grown("upper", 3) == [8, 10, 12]
-    assert grown("top", 3) == [12, 12, 12]
-    assert grown("bottom", 2) == [0, 0]
-    assert grow.placement("5", small(12), 0, 3) == 5
-
-
-@pytest.mark.parametrize(
-    "where, depth, growths, below",
-    [
-        ("spread", 5, 3, [5, 3, 2]),  # groups of 5/3 blocks: 5, 3.33 and 1.67, each to the nearest block
-        ("spread", 2, 5, [2, 2, 1, 1, 1]),  # 2, 1.6, 1.2, 0.8 and 0.4: never below the first block
-        ("upper", 5, 3, [5, 4, 3]),  # of the upper 2.5 blocks: 5, 4.17 and 3.33
-        ("1", 3, 2, [1, 1]),  # a number is an index into the network as it is: the newest lies lowest
-    ],
-)
-def test_placement_in_a_run(text, tmp_path, where, depth, growths, below):
-    """How many original blocks lie below each block that a run inserts, one growth a step."""
-    train.main([
-        f"--dataset={text}", "--retain=none", f"--out={tmp_path / 'run'}", "--device=cpu", "--dtype=float32",
-        "--init=scratch", "--tokenizer=bytes", f"--n_layer={depth}", "--n_head=1", "--n_embd=4",
-        "--block_size=8", "--batch_size=1", f"--where={where}", "--grow_every=1", f"--max_growths={growths}",
-        f"--max_steps={growths + 1}", "--eval_windows=1", "--test_windows=1",
-    ])  # fmt: skip
-    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    blocks, found = ["original"] * depth, []
-    for event in (row for row in rows if row["kind"] == "event"):
-        found.append(blocks[: event["at"]].count("original"))
-        blocks.insert(event["at"], "grown")
-    assert found == below
-
-
 def test_optimizer_state_is_carried_over():
     """Rebuilding the optimizer at an insertion changes nothing for the old; the new start fresh."""
     one, two = small(), small()
@@ -249,11 +200,8 @@ def test_optimizer_state_is_carried_over():
     grow.insert_block(two, 1)
     rebuilt = grow.make_optimizer(two, 1e-2, 0.1, b)
     assert all(p not in rebuilt.state for p in two.h[1].parameters())
-    for model, optimizer in ((one, a), (two, rebuilt)):
-        frozen = [] if model is one else list(two.h[1].parameters())
-        for p in frozen:
-            p.requires_grad_(False)  # so that both networks stay the same function
-        train_steps(model, 4, optimizer)
+    two.h[1].requires_grad_(False)  # so that both networks stay the same function
+    train_steps(one, 4, a), train_steps(two, 4, rebuilt)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), grow.original(two).parameters()))
 
     state = grow.optimizer_state(two, rebuilt)
@@ -262,6 +210,9 @@ def test_optimizer_state_is_carried_over():
     grow.load_optimizer_state(again, fresh, copy.deepcopy(state))
     train_steps(two, 2, rebuilt), train_steps(again, 2, fresh)
     assert all(torch.equal(p, q) for p, q in zip(two.parameters(), again.parameters()))
+
+
+# ----- Triggers -----
 
 
 def test_schedule():
@@ -300,10 +251,11 @@ def test_plateau_is_that_of_torch():
         assert due_steps(evals, every * calls, delta) == expected
         fired += len(expected)
     assert fired > 500
-
-
-def test_plateau_gives_a_new_block_its_patience():
+    # A new block has its patience: nothing improves here, and each growth starts the count anew.
     assert due_steps([(s, 1.0) for s in range(0, 60, 2)], 10, 0.1) == [10, 20, 30, 40, 50]
+
+
+# ----- Distillation and EWC -----
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0, 5.0])
@@ -334,22 +286,20 @@ def test_fisher_is_that_of_per_token_autograd():
         score = torch.autograd.grad(log_p[token, label], params, retain_graph=True)
         for total, g in zip(exact, score):
             total += log_p[token, label].exp().detach() * g**2 / len(log_p)
-    ewc = grow.EWC(model, [idx] * 600, torch.Generator().manual_seed(0))
+    ewc = grow.EWC(model, [idx] * 300, torch.Generator().manual_seed(0))
     ours, true = (torch.cat([x.flatten() for x in xs]) for xs in ([ewc.fisher[n] for n in names], exact))
     assert (ours - true).norm() / true.norm() < 0.15
     assert abs(ours.sum() / true.sum() - 1) < 0.03
 
 
-def test_fisher_is_measured_without_dropout():
+@pytest.mark.parametrize("training", [True, False])
+def test_fisher_is_measured_without_dropout(training):
     """A network that drops half of everything while it trains has the Fisher of one that does not."""
-    plain, dropping = small(), small(dropout=0.5)
-    batches = [batch(s)[0] for s in range(3)]
-    for training in (True, False):
-        dropping.train(training)
-        a, b = (grow.EWC(net, batches, torch.Generator().manual_seed(0)).fisher for net in (plain, dropping))
-        assert a.keys() == b.keys() == dict(plain.named_parameters()).keys()
-        assert all(a[name].any() and torch.equal(a[name], b[name]) for name in a)
-        assert dropping.training == training  # the mode is left as it was
+    plain, dropping = small(), small(dropout=0.5).train(training)
+    a, b = (grow.EWC(net, [batch()[0]], torch.Generator().manual_seed(0)).fisher for net in (plain, dropping))
+    assert a.keys() == b.keys() == dict(plain.named_parameters()).keys()
+    assert all(a[name].any() and torch.equal(a[name], b[name]) for name in a)
+    assert dropping.training == training  # the mode is left as it was
 
 
 def test_ewc_penalty():
@@ -378,18 +328,21 @@ def test_fisher_is_of_what_trains():
     assert all(f.any() for f in ewc.fisher.values())
 
 
+# ----- Dreams, and what is computed once -----
+
+
 def test_dreams_are_a_function_of_their_seed():
-    """Of nothing else. They are sampled 256 rows at a time, and each time others."""
-    model, dreams = small(), []
+    """Of nothing else. They are sampled some thousands of tokens at a time, and each time others."""
+    model, dreams = small(1), []
     for generator, seed in ((1, 0), (2, 0), (1, 7)):
         torch.manual_seed(generator)
-        dreams.append(grow.sample_dreams(model, 512, 8, seed))
+        dreams.append(grow.sample_dreams(model, 8192, 8, seed))
     first, again, other = dreams
-    assert first.shape == (512 * 8 + 1,) and first.dtype == torch.uint16 and first.device.type == "cpu"
+    assert first.shape == (8192 * 8 + 1,) and first.dtype == torch.uint16 and first.device.type == "cpu"
     assert torch.equal(first, again) and not torch.equal(first, other)
-    rows = first[:-1].view(512, 8).int()
+    rows = first[:-1].view(8192, 8).int()
     assert (rows[:, 0] == 16).all() and first[-1].item() == 16  # <|endoftext|> is the last of 17 ids
-    assert (rows[256:, 1:] != 16).any() and not torch.equal(rows[:256], rows[256:])
+    assert not torch.equal(rows[:4096], rows[4096:])
 
 
 def test_a_dream_that_ends_is_filled_up_with_its_end():
@@ -446,37 +399,3 @@ def test_shared_blocks_are_counted_from_below():
     for at in (4, 2, 0):  # above all, between two, below all
         grow.insert_block(model, at)
         assert grow.shared_blocks([model, grow.original(model)]) == at
-
-
-COSTS = {  # how many original blocks, where the grown ones go in, what is frozen, teacher, distilled rows
-    "all train": (3, [], "base", None, 0),
-    "one on top": (3, [3], "base", None, 0),
-    "two inside": (4, [4, 2], "base", None, 0),
-    "older": (4, [4, 2], "older", None, 0),
-    "below a frozen one": (4, [1, 3], "older", None, 0),
-    "top1": (3, [], "top1", None, 0),
-    "nothing frozen": (3, [1], "none", None, 0),
-    "shared teacher, on the batch": (4, [4, 2], "base", "shared", 0),
-    "shared teacher, on rows of its own": (4, [4, 2], "base", "shared", 3),
-    "separate teacher, on the batch": (3, [1], "none", "own", 0),
-    "separate teacher, on rows of its own": (3, [3], "base", "own", 1),
-    "shared teacher before the first growth": (3, [], "top2", "shared", 2),
-}
-
-
-@pytest.mark.parametrize("name", COSTS)
-def test_operations_are_those_that_torch_counts(name):
-    depth, places, policy, teacher, distilled = COSTS[name]
-    model, rows = small(depth), 2
-    nets = {None: None, "own": copy.deepcopy(model)}
-    for at in places:
-        grow.insert_block(model, at)
-    nets["shared"] = grow.original(model)
-    grow.freeze(model, policy)
-    objective = grow.Objective(model, nets[teacher])
-    x, y = batch(rows=rows + distilled)
-    # With plain matrix products for attention: the counter does not know every fused kernel.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        nll, kd = objective(x, y[:rows])
-        torch.autograd.grad(nll + kd, grow.trainable(model))
-    assert grow.count_flops(objective, rows, distilled, 8) == counter.get_total_flops()

@@ -12,7 +12,6 @@ takes 20 seconds: run it after every change to how a network grows.
 """
 
 import copy
-import json
 import math
 import os
 import random
@@ -22,15 +21,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import BYTES, TINY, on_step, rows, tiny_gpt, typed
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 import data
 import grow
 import train
-from model import GPT, GPTConfig
+from model import GPT
 
-VOCABULARY, EOT = 257, 256  # the bytes, and <|endoftext|>
+EOT = BYTES - 1  # <|endoftext|>
 T = 16  # tokens a row
 
 # ------------------------------------------------------------------------------------------------------------
@@ -210,18 +210,16 @@ def learning_rate(o, step):
 # The runs
 
 # Said in every run:
-COMMON = dict(
-    block_size=T, batch_size=4, lr=1e-3, max_steps=9, eval_every=4, eval_windows=6, test_windows=2,
-    log_every=1, device="cpu", dtype="float32",
-)  # fmt: skip
+COMMON = TINY | dict(lr=1e-3, max_steps=9, grow_every=None, eval_every=4, eval_windows=6)
 # What the program takes where nothing is said:
 DEFAULTS = dict(
     grad_accum=1, lr_schedule="constant", warmup_steps=0, weight_decay=0.01, grad_clip=1.0, seed=0,
-    trigger="schedule", grow_every=500, first_growth=-1, max_growths=3, where="upper", block_init="copy",
+    trigger="schedule", first_growth=-1, where="upper", block_init="copy",
     freeze="base", kd_weight=0.0, kd_temperature=2.0, kd_on="train", kd_rows=4, ewc_lambda=0.0,
     ewc_batches=32, replay=0.0,
 )  # fmt: skip
 GROWS = dict(grow_every=3, max_growths=2)  # at steps 3 and 6 of 9
+KD = dict(kd_weight=0.3, kd_temperature=3.0)
 # The loss never falls by that much, so there is a plateau from the start.
 PLATEAU = dict(trigger="plateau", max_growths=2, max_steps=12, eval_every=2, min_delta=10.0)
 
@@ -232,30 +230,22 @@ RUNS = {
     ),
     "decay_of_what_is_not_frozen": dict(**GROWS, weight_decay=0.3),
     "accumulation": dict(**GROWS, batch_size=2, grad_accum=2),
-    "low_rate": dict(**GROWS, lr=2e-5),
-    "high_rate": dict(**GROWS, lr=4e-3),
+    "another_rate": dict(**GROWS, lr=4e-3),
     "spread": dict(**GROWS, where="spread"),
     "fresh": dict(**GROWS, block_init="fresh"),
     "older": dict(**GROWS, freeze="older", where="top"),
     "none": dict(**GROWS, freeze="none", where="bottom"),
     "top1": dict(**GROWS, freeze="top1", where="1"),
-    "originals_never_train": dict(**GROWS, first_growth=0, kd_weight=0.3, kd_temperature=3.0),
-    "distilled_from_step_0_while_all_train": dict(
-        **GROWS, first_growth=0, freeze="none", kd_weight=0.3, kd_temperature=3.0
-    ),
     "first_growth": dict(**GROWS, first_growth=2, freeze="older"),
-    "kd_on_train": dict(**GROWS, freeze="none", kd_weight=0.3, kd_temperature=3.0),
-    "kd_on_retain": dict(
-        **GROWS, freeze="none", kd_weight=0.3, kd_temperature=3.0, kd_on="retain", kd_rows=3
-    ),
+    "originals_never_train": dict(**GROWS, first_growth=0, **KD),
+    "distilled_from_step_0_while_all_train": dict(**GROWS, first_growth=0, freeze="none", **KD),
+    "kd_on_train": dict(**GROWS, freeze="none", **KD),
+    "kd_on_retain": dict(**GROWS, freeze="none", **KD, kd_on="retain", kd_rows=3),
     "kd_on_dreams": dict(**GROWS, freeze="none", kd_weight=0.3, kd_on="dream", kd_rows=2, dreams=24),
     "ewc": dict(**GROWS, freeze="none", ewc_lambda=7.0, ewc_batches=4),
     "ewc_until_frozen": dict(**GROWS, ewc_lambda=7.0, ewc_batches=4),
     "replay": dict(**GROWS, replay=0.25),
-    "plateau": dict(
-        trigger="plateau", max_growths=2, max_steps=14, eval_every=2, patience=4, min_delta=0.1
-    ),
-    "plateau_first_growth": dict(**PLATEAU, patience=2, first_growth=6),
+    "plateau": PLATEAU | dict(max_steps=14, patience=4, min_delta=0.1),
     "plateau_first_growth_between_evaluations": dict(**PLATEAU, patience=2, first_growth=5),
     "plateau_count": dict(**PLATEAU, patience=4, first_growth=6),
     "all_together": dict(
@@ -270,11 +260,7 @@ WORDS = {"learn": ["grow", "learn", "block", "layer"], "retain": ["OLD", "KEPT",
 def home(tmp_path_factory):
     """A folder with a network and two texts."""
     folder = tmp_path_factory.mktemp("reference")
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(VOCABULARY, T, 2, 8, (0,) * 4))
-    for p in net.parameters():  # large enough for attention to matter; biases and gains, too
-        p.data += 0.1 * torch.randn_like(p)
-    net.save_pretrained(folder / "net")
+    tiny_gpt((0,) * 4, BYTES, T).save_pretrained(folder / "net")
     for name, words in WORDS.items():
         text = random.Random(name).choices(words, k=5000)
         (folder / f"{name}.txt").write_text("\n".join(" ".join(text[i : i + 9]) for i in range(0, 5000, 9)))
@@ -282,18 +268,17 @@ def home(tmp_path_factory):
 
 
 def load_texts(home):
-    return {name: data.load(str(home / f"{name}.txt"), VOCABULARY, T) for name in ("learn", "retain")}
+    return {name: data.load(str(home / f"{name}.txt"), BYTES, T) for name in ("learn", "retain")}
 
 
 def start_program(home, out, options, *more):
-    texts = {"init": home / "net", "dataset": home / "learn.txt", "retain": home / "retain.txt", "out": out}
-    train.main([f"--{k}={v}" for k, v in {**texts, **COMMON, **options}.items()] + list(more))
+    texts = dict(init=home / "net", dataset=home / "learn.txt", retain=home / "retain.txt", out=out)
+    train.main(typed(*more, **{**texts, **COMMON, **options}))
 
 
 def read_run(out):
     """(rows of the log by kind, weights at the end), as `train_by_hand` returns them."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "eval", "event")}
+    kinds = {kind: rows(out, kind) for kind in ("step", "eval", "event")}
     return SimpleNamespace(**kinds), GPT2LMHeadModel.from_pretrained(out / "model").state_dict()
 
 
@@ -393,16 +378,14 @@ def test_the_program_trains_as_by_hand(name, home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["schedules", "older", "plateau", "all_together"])
 def test_a_run_that_was_stopped_trains_as_by_hand(name, home, tmp_path, monkeypatch):
     """Stopped by a signal between two growths, at the step of a growth and after it; resumed each time."""
-    drawn, stops, batch = Random(monkeypatch), [4, 5, 7], data.batch
+    drawn, stops, more = Random(monkeypatch), [4, 5, 7], []
 
-    def batch_and_stop(tokens, block_size, rows, step, seed):
+    def stop(step):
         if step in stops:
             stops.remove(step)
             os.kill(os.getpid(), signal.SIGTERM)  # the run finishes this step, and then stops
-        return batch(tokens, block_size, rows, step, seed)
 
-    monkeypatch.setattr(data, "batch", batch_and_stop)
-    more = []
+    on_step(monkeypatch, stop)
     while stops:
         with pytest.raises(SystemExit) as stopped:
             start_program(home, tmp_path / "run", RUNS[name], *more)
@@ -451,13 +434,7 @@ class Products(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.step, self.types = 0, {}
-        batch = data.batch
-
-        def batch_and_note(tokens, block_size, rows, step, seed):
-            self.step = step
-            return batch(tokens, block_size, rows, step, seed)
-
-        monkeypatch.setattr(data, "batch", batch_and_note)
+        on_step(monkeypatch, lambda step: setattr(self, "step", step))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -468,15 +445,14 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_product_of_a_step_has_the_dtype(dtype, home, tmp_path, monkeypatch):
-    """With --dtype=bfloat16 all operands are bfloat16, and the losses those of float32 to 1%."""
-    drawn, options = Random(monkeypatch), {**GROWS, "dtype": dtype}
+def test_every_product_of_a_bfloat16_step_is_in_bfloat16(home, tmp_path, monkeypatch):
+    """And the losses are those of float32 to 1%."""
+    drawn, options = Random(monkeypatch), {**GROWS, "dtype": "bfloat16"}
     with Products(monkeypatch) as products:
         start_program(home, tmp_path / "run", options)
     assert list(products.types) == list(range(1, 9))
     assert len(products.types[1]) >= 4 * 5 + 1  # in a block four matrices and attention; and the head
-    assert all(operands == {getattr(torch, dtype)} for step in products.types.values() for operands in step)
+    assert all(operands == {torch.bfloat16} for step in products.types.values() for operands in step)
     (log, _), (expected, _) = read_run(tmp_path / "run"), by_hand(home, options, drawn)
     for kind, name in (("step", "loss"), ("eval", "learn"), ("eval", "retain")):
         for ours, theirs in zip(getattr(log, kind), getattr(expected, kind)):
