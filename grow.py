@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import UserError
-from model import GPT, Block, cross_entropy, init_parameter
+from model import GPT, Block, init_parameter
 
 # ----- Insertion -----
 
@@ -382,7 +382,7 @@ class Objective(nn.Module):
         logits = self.model.head(hidden).float()  # (B, T, V)
         nll = kd = torch.zeros((), device=hidden.device)
         if y is not None:
-            nll = cross_entropy(logits, y).mean()
+            nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").mean()
         if target is not None:
             with torch.no_grad():
                 teacher_logits = self.teacher.head(target)  # (B, T, V)
