@@ -154,7 +154,8 @@ def parse(argv):
     o = Options(**values | typed)
     o.command = shlex.join(["python", "train.py", *argv])
     if not o.out:  # options that decide what is computed name the folder
-        differs = "".join(f"-{name}={value}" for name, value in typed.items() if name not in MAY_CHANGE)
+        free = MAY_CHANGE - ({"max_steps"} if o.lr_schedule == "cosine" else set())
+        differs = "".join(f"-{name}={value}" for name, value in typed.items() if name not in free)
         o.out = "out/" + "-".join(words or ["card"]) + re.sub(r"[^\w.=-]", "_", differs)
     for f in fields(o):
         given, least, needs = getattr(o, f.name), f.metadata["least"], f.metadata["needs"]
@@ -173,8 +174,9 @@ def need(condition, sentence):
 
 def check(o, world=1):
     """Refuse what cannot work, or would be another run than it seems, before anything is downloaded."""
-    for name in {o.dataset, o.retain} - {"none"}:
-        data.check_name(name)
+    data.check_name(o.dataset)
+    if o.retain != "none":
+        data.check_name(o.retain)
     divisible = o.batch_size % world == 0 and o.distilled % world == 0
     need(divisible, f"--batch_size and --kd_rows must be multiples of the {world} processes")
     alone = world == 1 and not o.kd_weight  # ranks would drop out differently, and so would a teacher
@@ -268,8 +270,7 @@ def train(o):
 
     # ----- set-up: what has happened so far. A new run goes on from step 0. -----
     header = {"kind": "header", "command": o.command, "config": asdict(o), "processes": world}
-    how = "compiled" if compiles else "eager"
-    header["machine"] = f"{device}, {str(dtype).removeprefix('torch.')}, {how}"
+    header["machine"] = f"{device}, {dtype}, {'compiled' if compiles else 'eager'}"
     header["versions"] = {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version}
     header |= {"layers": base.config.n_layer, "vocab_size": base.config.vocab_size}
     header["parameters"] = sum(p.numel() for p in base.parameters())
@@ -283,6 +284,10 @@ def train(o):
     for key, what in {"init_sha256": o.init, "sha256": "a text"}.items():
         need(log[0][key] == header[key], f"{what} is not what {out} started with: restore it")
     log[0] = header  # it tells of the last start
+    steps = [first] * world
+    if world > 1:
+        dist.all_gather_object(steps, first)
+    need(len(set(steps)) == 1, f"not all processes see the same {out}: put it on a disk that all share")
     evals = [row for row in log if row["kind"] == "eval"]
     events = [row for row in log if row["kind"] == "event"]
 
