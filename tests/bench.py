@@ -2,17 +2,13 @@
 
     python tests/bench.py                              every row that this machine can measure
     python tests/bench.py --rows=1,2 --out=out/bench   some of them; OUT keeps the rows of earlier calls
-    python tests/bench.py --quick                      does the program work? tiny networks, one round
-    python tests/bench.py --profile="demo --seed=1"    where the time of a run of train.py goes
+    python tests/bench.py --quick                      does it work? tiny networks, one round, few processes
 
 Ours are train.py's own parts, called as train.py calls them; theirs is GPT2LMHeadModel grown and frozen the
-same way, in the plain loop its users write. Both have the same random weights, of GPT-2 124M's shape; their
-logits are compared first. Each variant lives in a process of its own, with its own allocator and compiler,
-and all of a group take turns, so that whatever else the machine does meets all. A figure is the median over
-rounds; the first step, which compiles with an empty cache, is told apart. A row takes at most about ten
-minutes: when time runs out it gets fewer rounds. What cannot be measured is a note."""
+same way, in its users' plain loop, with the same random weights of GPT-2 124M's shape. Each variant lives in
+a process of its own, and all of a group take turns, so that whatever else the machine does meets all. Figures
+are medians over rounds (fewer if a row takes ten minutes) without the first step, which compiles."""
 
-import argparse
 import copy
 import functools
 import itertools
@@ -21,13 +17,12 @@ import multiprocessing
 import os
 import platform
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -36,13 +31,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from openai_format import write_openai_checkpoint  # noqa: E402
-from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 import data  # noqa: E402
 import eval as ev  # noqa: E402
 import grow  # noqa: E402
 import train  # noqa: E402
-from model import DATA, GPT, GPTConfig, is_linear  # noqa: E402
+from model import GPT, GPTConfig, is_linear  # noqa: E402
 
 TITLES = {
     "1": "the card's training step: before the first growth all trains, then only grown blocks",
@@ -51,12 +45,12 @@ TITLES = {
     "3": "distillation on the training batch, 15 blocks: teacher none, sharing the lower blocks, separate",
     "4": "full training at 1,024 tokens, by rows of a batch",
     "6": "the whole card: first with cold kernels and without tokens, then with both",
-    "7": "the mixture of two versions by placement, the head in float32, the dial",
+    "7": "the mixture of two versions by placement: 8 windows evaluated, 8 tokens sampled",
 }
 GROWTHS = 3
 TOKENS = np.random.default_rng(0).integers(0, 1001, 2_000_000).astype(np.uint16)
 ARGS = DEVICE = SHAPE = None  # set by `settle`
-STEP = BEFORE = None  # of the variant that lives in this process, and GB in use before it was built
+STEPS, BEFORE = {}, 0  # of the variant that lives in this process, and GB in use before it was built
 
 # ----- Processes that take turns -----
 
@@ -74,17 +68,17 @@ def settle(args, device, shape):
 def seconds(row, group, name, repeat):
     """In a variant's process, which the first call builds: (seconds of a step, GB in use at most since then,
     over what was in use before: its weights, gradients, optimizer and activations)."""
-    global STEP, BEFORE
+    global BEFORE
     wait = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
     try:
-        if STEP is None:
+        if (row, name) not in STEPS:
             base()  # what all variants copy from does not count as theirs
             BEFORE = peak_memory()
-            STEP = groups(row)[group][1][name]()
+            STEPS[row, name] = groups(row)[group][1][name]()
         wait()
         began = time.perf_counter()
         for _ in range(repeat):
-            STEP()
+            STEPS[row, name]()
         wait()
         return (time.perf_counter() - began) / repeat, peak_memory() - BEFORE
     except Exception as e:  # not all of torch's own survive the way back
@@ -102,15 +96,19 @@ def take_turns(row, group, until, notes):
     """A dict of figures for each variant of the group that could run; of the others, a note."""
     units, builders = groups(row)[group]
     context = multiprocessing.get_context("forkserver")  # forked where these are imported, and nothing done
-    context.set_forkserver_preload(["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"])
-    processes = {name: ProcessPoolExecutor(1, context, settle, (ARGS, DEVICE, SHAPE)) for name in builders}
+    preload = ["torch", "torch._dynamo", "transformers.models.gpt2.modeling_gpt2"]
+    context.set_forkserver_preload(preload[:2] if ARGS.quick else preload)
+    own = not ARGS.quick or row == "2"  # else all lives in this process
+    process = lambda: ProcessPoolExecutor(1, context, settle, (ARGS, DEVICE, SHAPE))
+    processes = {name: process() for name in builders} if own else {}
     found = {name: {"variant": name, "seconds": []} for name in builders}
     for turn in range(2 if row == "6" else 1 + ARGS.rounds):  # the first compiles
         repeat = 10 if turn and DEVICE.type == "cuda" and row != "6" else 1
         for name, r in list(found.items()):
             if turn < 2 or time.perf_counter() < until:
                 try:
-                    took, r["peak_gb"] = processes[name].submit(seconds, row, group, name, repeat).result()
+                    what = seconds, row, group, name, repeat
+                    took, r["peak_gb"] = processes[name].submit(*what).result() if own else seconds(*what[1:])
                     r["seconds"].append(took)
                 except Exception as e:  # or its process died
                     notes.append(f"not measured: {name}: {e}")
@@ -131,8 +129,7 @@ def take_turns(row, group, until, notes):
 def options(**more):
     """train.py's options, and what its loop makes of them: autocast, and a step's micro-batches."""
     o = train.Options(**{"device": DEVICE.type, "dtype": ARGS.dtype, "block_size": ARGS.block_size, **more})
-    dtype = getattr(torch, o.dtype)
-    o.autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+    o.autocast = torch.autocast(DEVICE.type, getattr(torch, o.dtype), enabled=o.dtype != "float32")
     counter, texts = itertools.count(), {"learn": {"train": TOKENS}, "retain": None}
     o.batches = lambda: train.micro_batches(o, texts, None, next(counter), DEVICE)
     return o
@@ -175,9 +172,9 @@ def ours(o, growths, compiled=False, teacher="none", steps_between=0):
         step.optimizer.zero_grad(set_to_none=True)
 
     for growth in range(growths + 1):
-        for _ in range(steps_between if growth else 0):
-            step()
         if growth:
+            for _ in range(steps_between):
+                step()
             grow_once(model, growth - 1)
         if growth == growths and teacher != "none":
             separate = copy.deepcopy(base()).to(DEVICE).requires_grad_(False)
@@ -220,9 +217,9 @@ def theirs(o, growths, compiled=False):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     like = grown_base(growths)
-    sizes = dict(vocab_size=SHAPE.vocab_size, n_positions=SHAPE.block_size, n_embd=SHAPE.n_embd)
-    sizes |= dict(n_head=SHAPE.n_head, n_layer=like.config.n_layer, bos_token_id=0, eos_token_id=0)
-    model = GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False)).eval()  # no dropout
+    sizes = {key: getattr(like.config, key) for key in ("vocab_size", "n_embd", "n_layer", "n_head")}
+    sizes |= dict(n_positions=SHAPE.block_size, bos_token_id=0, eos_token_id=0, use_cache=False)
+    model = GPT2LMHeadModel(GPT2Config(**sizes)).eval()  # no dropout
     for name, p in like.named_parameters():
         their_p = model.transformer.get_parameter(name)
         their_p.data.copy_(p.t() if is_linear(name) else p)
@@ -247,50 +244,39 @@ def theirs(o, growths, compiled=False):
 
 
 def whole_card():
-    """A run of train.py, on texts as large as WikiText-2 and WebText, with random weights if OpenAI's are not
-    in the cache. The tokenizer's files come from TIKTOKEN_CACHE_DIR, as always."""
-    folder, init, size = ARGS.folder, data.cache_dir() / "gpt2-124M", 100_000 if ARGS.quick else 12_000_000
-    if ARGS.quick or not (init / DATA).exists():
-        tiny = GPTConfig(data.BYTES, 64, 2, 32, (0,) * 2)
-        init = write_openai_checkpoint(folder / "init", GPT(tiny) if ARGS.quick else base())
-    (folder / "new.txt").write_text((data.code()["train"] * 99)[:size], "utf-8")
-    (folder / "old.txt").write_text((data.docs()["train"] * 99)[: size * 9 // 4], "utf-8")
-    command = f"{sys.executable} train.py --init={init} --dataset={folder}/new.txt --retain={folder}/old.txt"
-    command += f" --device={DEVICE.type}"
+    """A run of train.py on texts as large as WikiText-2 and WebText. Tokenizer: TIKTOKEN_CACHE_DIR's."""
+    folder, model, command, most = ARGS.folder, base(), f"--device={DEVICE.type}", 27_000_000
     if ARGS.quick:
-        command += " --max_steps=4 --grow_every=1 --eval_every=4 --test_windows=8 --block_size=32"
-    os.environ["GROWING_GPT_CACHE"] = f"{folder}/cache"
-    env, runs = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/kernels"}, itertools.count()
+        model, most = GPT(GPTConfig(data.BYTES, 64, 2, 32, (0,) * 2)), 100_000
+        command += " --max_steps=4 --grow_every=1 --eval_windows=4 --test_windows=4 --block_size=32"
+    command += f" --init={write_openai_checkpoint(folder / 'init', model)}"
+    for name, text, size in (("dataset", data.code(), 12_000_000), ("retain", data.docs(), 27_000_000)):
+        (folder / name).write_text((text["train"][:most] * 99)[: min(size, most)], "utf-8")
+        command += f" --{name}={folder}/{name}"
+    more = {"GROWING_GPT_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/kernels"}
+    runs = itertools.count()
 
     def step():
-        out = f"{folder}/run-{next(runs)}"
-        words = shlex.split(f"{command} --out={out}")
-        run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=env)
-        assert run.returncode == 0, run.stderr.strip().splitlines()[-1]
-        print(ev.comparison([ev.read_run(out)]))
+        words = f"{command} --out={folder}/run-{next(runs)}".split()
+        if ARGS.quick:
+            train.main(words)
+        else:  # what it prints is its log
+            subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, env=os.environ | more, check=True)
 
     return step
 
 
-def mixture(what, n):
-    """Row 7's: by a finished network and the one that it was before three blocks were put in."""
+def mixture(n, mixed="", sampled=False):
+    """Row 7's: n windows or tokens by a finished network, mixed with the one before if told where it grew."""
     ev.keep_freed_memory()
-    where = what.removeprefix("mixed evaluation ") if what.startswith("mixed") else "upper"
-    o, model = options(), grown_base(GROWTHS, where).to(DEVICE).eval()
+    o, model = options(), grown_base(GROWTHS, mixed or "upper").to(DEVICE).eval()
     model.config.versions = (0, GROWTHS)
-    nets = [grow.version(model, g) for g in model.config.versions]
-    text = TOKENS, o.block_size, o.batch_size, n  # windows
-    ids = torch.from_numpy(text[0][: o.block_size // 2].astype(np.int64))[None].to(DEVICE)  # (1, T)
-    hidden = torch.randn(o.batch_size, o.block_size, SHAPE.n_embd, device=DEVICE)  # (B, T, C)
-    do = {
-        "evaluation": lambda: ev.evaluate(model, *text),
-        f"mixed evaluation {where}": lambda: ev.measure(nets, *text),
-        "sampling cached": lambda: model.generate(ids, n, 0.8, 50),
-        "sampling mixed": lambda: model.generate(ids, n, 0.8, 50, next_logits=ev.mixed_prediction(nets)),
-        "head as the blocks": lambda: model.head(hidden).float(),
-        "head float32": lambda: ev.logits(model, hidden),
-        "scale_grown": lambda: grow.scale_grown(model, 1.0),
-    }[what]
+    nets = [grow.version(model, g) for g in model.config.versions[0 if mixed else 1 :]]
+    ids = torch.from_numpy(TOKENS[: o.block_size // 2].astype(np.int64))[None].to(DEVICE)  # (1, T)
+    predict = ev.mixed_prediction(nets) if mixed else None
+    do = lambda: ev.measure(nets, TOKENS, o.block_size, o.batch_size, n)
+    if sampled:
+        do = lambda: model.generate(ids, n, 0.8, 50, next_logits=predict)
     return torch.no_grad()(o.autocast(do))
 
 
@@ -300,21 +286,21 @@ def mixture(what, n):
 def groups(row):
     """[(units of a step: tokens, windows ..., {variant: its builder})]: the variants of each take turns."""
     o, P, cuda, quick = options(), functools.partial, DEVICE.type == "cuda", ARGS.quick
+    growths = [2] if quick else range(GROWTHS + 1)
     tokens, both = o.batch_size * o.block_size, {"transformers": theirs, "ours": ours}
-    ways = {"": False, ", compiled": True} if ARGS.can_compile and not quick else {"": False}
+    ways = {"": False, ", compiled": True} if ARGS.compile else {"": False}
 
     def each_way(name, builders, *args):
         return {f"{name}{k}{w}": P(f, *args, way) for w, way in ways.items() for k, f in builders.items()}
 
     assert cuda or row not in ("1d", "4", "6") or (quick and row != "1d"), "it needs CUDA"
     if row == "1":
-        growths = range(GROWTHS if quick else 0, GROWTHS + 1)
         return [(tokens, each_way(f"{SHAPE.n_layer + n} blocks, ", both, o, n)) for n in growths]
     if row == "1d":
         return [(tokens, each_way("", {"launched": ours, "replayed": replayed}, o, GROWTHS))]
     if row == "2":
-        step = P(ours, o, compiled=True, steps_between=2)
-        return [(tokens, {f"growth {n}": P(step, n) for n in range(2 if quick else GROWTHS + 1)})]
+        step = P(ours, o, compiled=not quick, steps_between=2)
+        return [(tokens, {f"growth {n}": P(step, n) for n in growths})]
     if row == "3":
         step, teachers = P(ours, options(kd_weight=1.0), GROWTHS), ("none", "shared", "separate")
         return [(tokens, {t + w: P(step, ways[w], teacher=t) for t in teachers}) for w in ways]
@@ -328,10 +314,10 @@ def groups(row):
     if row == "6":
         return [(1, {"python train.py": whole_card})]
     n = 4 if quick else 8  # windows or new tokens
-    mixed = [f"mixed evaluation {where}" for where in ("top", "upper", "spread")]
-    samplings, heads = ["sampling cached", "sampling mixed"], ["head as the blocks", "head float32"]
-    parts = [(n, ["evaluation", *mixed]), (n, samplings), (tokens, heads), (1, ["scale_grown"])]
-    return [(units, {name: P(mixture, name, n) for name in names}) for units, names in parts]
+    places = {f"mixed evaluation {where}": P(mixture, n, where) for where in ("top", "upper", "spread")}
+    sample = P(mixture, n, sampled=True)
+    samplings = {"sampling cached": sample, "sampling mixed": P(sample, "upper")}
+    return [(n, {"evaluation": P(mixture, n), **places}), (n, samplings)]
 
 
 def measure(row, out):
@@ -343,10 +329,8 @@ def measure(row, out):
             results += take_turns(row, k, until, notes)
     except Exception as e:  # a row that cannot run must not cost the others their figures
         notes.append(f"not measured: {e}")
-    if ARGS.quick:
-        notes.append("--quick: these figures say only that the program works")
-    notes.append(f"{machine()}; {ARGS.dtype}; {time.perf_counter() - began:.0f} s for this row")
-    kept = {"title": f"Row {row}: {TITLES[row]}", "notes": notes, "results": results}
+    mode = f"{machine()}; {ARGS.dtype}{', --quick' * ARGS.quick}; {time.perf_counter() - began:.0f} s in all"
+    kept = {"title": f"Row {row}: {TITLES[row]}", "results": results, "notes": [*notes, mode]}
     path = out / f"row-{row}-{DEVICE.type}-{ARGS.dtype}.json"
     if results or not path.exists() or not json.loads(path.read_text())["results"]:
         path.write_text(json.dumps(kept, indent=1))
@@ -356,60 +340,39 @@ def measure(row, out):
 
 
 def as_text(row):
+    heads = ["ms a step", "rounds", "times the first's speed", "units a second", "first step, s", "in steps"]
+    form = "{ms:.1f} {rounds} {times:.2f} {units_s:,.1f} {first_s:.2f} {in_steps:.1f} {peak_gb:.2f}"
     table = []
     for r in row["results"]:
-        cells = {"variant": r["variant"]} | ev.cells(".1f", {"ms a step": r["ms"]}) | {"rounds": r["rounds"]}
-        cells |= ev.cells(".2f", {"times the first's speed": r["times"]})
-        cells |= ev.cells(",.1f", {"units a second": r["units_s"]})
-        cells |= ev.cells(".2f", {"first step, s": r["first_s"]})
-        cells |= ev.cells(".1f", {"in steps": 1000 * r["first_s"] / r["ms"]})
-        table.append(cells | ev.cells(".2f", {"peak, GB": r["peak_gb"]}))
+        cells = form.format(**r, in_steps=1000 * r["first_s"] / r["ms"]).split()
+        table.append({"variant": r["variant"], **dict(zip([*heads, "peak, GB"], cells))})
     notes = "\n".join(f"- {note}" for note in row["notes"])
     return "\n\n".join([f"## {row['title']}", *([ev.table(table)] if table else []), notes]) + "\n"
 
 
 def machine():
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
-    there = packages_distributions().keys() & {"torch", "transformers"}
-    versions = ", ".join(f"{name} {version(name)}" for name in sorted(there))
-    said = f"{time.strftime('%Y-%m-%d')}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    return f"{said}; python {platform.python_version()}, {versions}"
+    there = f"{time.strftime('%Y-%m-%d')}; {name}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    there += f"; python {platform.python_version()}, torch {torch.__version__}"
+    return f"{there}, transformers {version('transformers')}"
 
 
-def profile(words, out):
-    """`python train.py WORDS` with a trace of its steps 5 to 14 (of the base's, if the demo has none)."""
-    ten = torch.profiler.schedule(wait=4, warmup=1, active=10, repeat=1)
-    with torch.profiler.profile(schedule=ten) as profiler:
-        register_optimizer_step_post_hook(lambda *_: profiler.step())
-        train.main(words)
-    profiler.export_chrome_trace(f"{out}/trace.json")
-    where = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=where, row_limit=8, max_name_column_width=60))
-    print(f"ten steps traced: open {out}/trace.json in chrome://tracing or ui.perfetto.dev")
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    p = ev.parser("tests/bench.py", __doc__, "[--option=value ...]")
     p.add_argument("--rows", default=",".join(TITLES), help=f"of {', '.join(TITLES)}")
     p.add_argument("--quick", action="store_true", help="tiny networks, one round")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    p.add_argument("--rounds", type=int, default=0, help="0: 5 on a CPU, 10 on CUDA")
     p.add_argument("--out", default="out/bench", help="folder for bench.md")
-    p.add_argument("--profile", metavar="WORDS", help="trace ten steps of `python train.py WORDS` instead")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     out, rows = Path(args.out), args.rows.split(",")
     out.mkdir(parents=True, exist_ok=True)
-    if args.profile is not None:
-        return profile(shlex.split(args.profile), out)
     if not TITLES.keys() >= set(rows):
         p.error(f"--rows={args.rows}: give some of {','.join(TITLES)}")
-    if args.quick:
-        os.environ["OMP_NUM_THREADS"] = "1"  # as the processes of the variants start
     device, dtype = ev.choose_machine(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    args.can_compile = ev.choose_compile("1", device)
-    args.rounds = args.rounds or (1 if args.quick else 10 if device.type == "cuda" else 5)
+    args.compile = not args.quick and ev.choose_compile("1", device)
+    args.rounds = 1 if args.quick else 10 if device.type == "cuda" else 5
     args.block_size, shape = (32, GPTConfig(1001, 64, 4, 64, (0,) * 4)) if args.quick else (128, GPTConfig())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         args.folder = Path(folder)
@@ -419,4 +382,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    ev.run_main(main)

@@ -131,9 +131,12 @@ def run(method, o):
             optimizer.zero_grad(set_to_none=True)
         trainable = sum(p.numel() for p in grow.trainable(model))
         replace(model, LowRank, LowRank.merged)
-        result = {key: {"dataset": names[key], **ev.compare(
-            base, model, text["test"], o.block_size, o.batch_size, o.test_windows)}
-            for key, text in texts.items()}  # fmt: skip
+        result = {}
+        for key, text in texts.items():
+            how = text["test"], o.block_size, o.batch_size, o.test_windows
+            result[key] = {"dataset": names[key], **ev.compare(base, model, *how)}
+            if method != "full":  # all of the base is still there, so that it can predict, too
+                result[key]["mixed"] = ev.measure([base, model], *how)["mixed"]
     if method != "widened":
         model.save_pretrained(out / "model")
     header = {"kind": "header", "command": " ".join(["python", *sys.argv]), "config": asdict(o)}

@@ -1,66 +1,196 @@
-"""The study: when growing pays, what keeps the old, and what predicting with the old network is worth.
+"""The study: what growing learns and forgets beside other ways to train, alone and mixed.
 
     python tests/study.py                          run what is missing, two jobs at a time; write OUT/study.md
     python tests/study.py --out=out/study --workers=2 --seeds=0,1,2
     python tests/study.py --tables                 only tables and picture, of what is there
-    python tests/study.py --list                   the jobs, with the seconds that they should take
+    python tests/study.py --list                   the jobs
     python tests/study.py --quick                  the whole program on tiny networks, to see that it works
 
-Learning and forgetting are losses on `code` and `docs`. The arms and their jobs are in tests/study_runs.py.
+A job is one process with one thread: train.py, or tests/controls.py for what train.py does not offer. A job
+that has finished is never done again, and a run of train.py that was stopped goes on. Seed s draws the same
+batches in every arm, so arms are compared seed by seed.
 """
 
 import itertools
 import json
+import os
+import re
 import statistics
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import controls  # noqa: E402
-from study_runs import (  # noqa: E402
-    ALPHAS,
-    ARMS,
-    CURED,
-    CURES,
-    EXTRA,
-    FULL,
-    GROW_2,
-    LARGE,
-    LIMITS,
-    NORMAL,
-    ORDERS,
-    OWN,
-    QUICK,
-    REFERENCE,
-    ROOT,
-    SHARES,
-    WHOLE,
-    arm_path,
-    arms_on,
-    do,
-    finished,
-    jobs_of,
-    markdown,
-    measure,
-    measuring_jobs,
-    options,
-)  # fmt: skip
 
+import data  # noqa: E402
 import eval as ev  # noqa: E402
+import train  # noqa: E402
+from model import GPT  # noqa: E402
+
+# ----- What is compared -----
+
+GROW = "--first_growth=0 --grow_every=1"  # all blocks before the third step: the originals never train
+FULL, GROW_2 = "--max_growths=0", f"{GROW} --max_growths=2"
+ARMS = {  # name: options of train.py, or a method of tests/controls.py
+    "full": FULL,
+    "LoRA": "lora",
+    "widened MLP": "widened",
+    "top 2 unfrozen": f"{FULL} --freeze=top2",
+    "grow 2": GROW_2,
+    "grow 2, top": f"{GROW_2} --where=top",
+    "grow 2, spread": f"{GROW_2} --where=spread",
+    "grow 4": f"{GROW} --max_growths=4",
+}
+CURES = {  # two strengths of each
+    "KD on new text, 0.25": "--kd_weight=0.25",
+    "KD on new text, 1": "--kd_weight=1",
+    "KD on old text, 0.25": "--kd_weight=0.25 --kd_on=retain",
+    "KD on old text, 1": "--kd_weight=1 --kd_on=retain",
+    "KD on dreams, 1": "--kd_weight=1 --kd_on=dream",
+    "KD on dreams, 4": "--kd_weight=4 --kd_on=dream",
+    "replay 1/16": "--replay=0.0625",
+    "replay 1/4": "--replay=0.25",
+    "EWC 10": "--ewc_lambda=10",
+    "EWC 300": "--ewc_lambda=300",
+}
+
+
+class Scale(NamedTuple):
+    bases: dict  # name: its shape, as options of `train.py pretrain`
+    words: str  # for every run
+
+
+SMALL, LARGE = "2x64", "4x128"
+NORMAL = Scale({SMALL: "--n_layer=2 --n_embd=64", LARGE: "--n_layer=4 --n_embd=128"}, "--max_steps=500")
+TINY = "--max_steps=4 --block_size=32 --eval_every=2 --eval_windows=4 --test_windows=4"
+QUICK = Scale(dict.fromkeys(NORMAL.bases, f"--n_layer=2 --n_embd=16 {TINY}"), TINY)
+
+
+def arms_on(base):
+    """{name: options}. Ways to keep the old are tried on the small base, with full training and with growth;
+    EWC holds originals that train, so growth with it freezes nothing."""
+    cured = {
+        f"{method} + {cure}": f"{ARMS[method]} {words}"
+        + " --freeze=none" * (method != "full" and "ewc" in words)
+        for cure, words in CURES.items()
+        for method in ("full", "grow 2")
+    }
+    return ARMS | (cured if base == SMALL else {})
+
+
+# ----- Jobs -----
+
+
+class Job(NamedTuple):
+    path: Path  # where it writes
+    words: list  # a program of the repository, and its options
+    after: Path | None = None  # of the job whose network it starts from
+
+
+def base_path(out, base):
+    return out / base / "base"
+
+
+def arm_path(out, base, arm, seed):
+    return out / base / (re.sub(r"[^\w.]+", "-", arm) + f"-seed{seed}")
+
+
+def jobs_of(out, scale, seeds):
+    """All jobs, the bases first."""
+    jobs = [
+        Job(base_path(out, base), ["train.py", "pretrain", *shape.split()])
+        for base, shape in scale.bases.items()
+    ]
+    for base, seed in itertools.product(scale.bases, seeds):
+        start = base_path(out, base)
+        for arm, options in arms_on(base).items():
+            program, words = ["train.py"], f"{options} {scale.words}".split()
+            if words[0] in controls.METHODS:
+                program = ["tests/controls.py", words.pop(0)]
+            words = [*program, "demo", *words, f"--init={start}/model", f"--seed={seed}"]
+            jobs.append(Job(arm_path(out, base, arm, seed), words, start))
+    return jobs
+
+
+def finished(path):
+    return (path / "finished").exists()
+
+
+def launch(job, quick):
+    """Do a job, unless it is finished, and return whether it is."""
+    if finished(job.path) or (job.after and not finished(job.after)):
+        return finished(job.path)
+    job.path.mkdir(parents=True, exist_ok=True)
+    program, *words = [*job.words, f"--out={job.path}"]
+    words += ["--resume=auto"] if program == "train.py" else []
+    status = 0
+    if quick:  # in this process: to start one takes longer than the job
+        (train if program == "train.py" else controls).main(words)
+    else:
+        command, env = [sys.executable, ROOT / program, *words], dict(os.environ, OMP_NUM_THREADS="1")
+        with open(job.path / "stdout.txt", "a") as file:
+            status = subprocess.run(command, stdout=file, stderr=file, env=env).returncode
+    if status:
+        print(f"{job.path}: exit status {status}, see stdout.txt there", file=sys.stderr)
+    else:
+        (job.path / "finished").touch()
+    return not status
+
+
+def do(jobs, workers, quick):
+    """All jobs, `workers` at a time. A job waits for the one that it starts from, which began before it."""
+    left, futures, began = [job for job in jobs if not finished(job.path)], {}, time.perf_counter()
+
+    def run(job):
+        if job.after in futures:
+            futures[job.after].result()
+        return launch(job, quick)
+
+    with ThreadPoolExecutor(workers) as pool:
+        if not quick:
+            futures.update((job.path, pool.submit(run, job)) for job in left)
+        try:
+            for n, job in enumerate(left, 1):
+                done = launch(job, quick) if quick else futures[job.path].result()
+                minutes = (time.perf_counter() - began) / 60
+                print(f"{job.path}: {'done' if done else 'NOT done'}, {n} of {len(left)}, "
+                      f"{minutes / n * (len(left) - n):.0f} minutes left", flush=True)  # fmt: skip
+        except BaseException:  # Ctrl-C: what runs stops in order, and nothing more is started
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
 
 # ----- Figures: every one is mean ± standard deviation over seeds, or a difference seed by seed -----
 
 
+def read(path, base):
+    """A run, all losses mixed: of growth by its log; of a network that lost its base, with the stored one."""
+    run = ev.read_run(path)
+    result, store = run["result"], path / "mixed.json"
+    if result["learn"]["mixed"] is not None:
+        return run
+    if not store.exists():
+        nets = [GPT.from_pretrained(folder / "model") for folder in (base, path)]
+        T, mixed = run["header"]["config"]["block_size"], {}
+        for key in ("learn", "retain"):
+            tokens = data.load(result[key]["dataset"], data.BYTES, T)["test"]
+            mixed[key] = ev.measure(nets, tokens, T, 16, result[key]["windows"])["mixed"]
+        store.write_text(json.dumps(mixed))
+    for key, loss in json.loads(store.read_text()).items():
+        result[key]["mixed"] = loss
+    return run
+
+
 def mean_sd(values, form=".3f"):
-    """Of numbers. A word instead of a number says why a seed has none, and is counted."""
-    words = [v for v in values if isinstance(v, str)]
-    if words:
-        return ", ".join(f"{w} ({words.count(w)} of {len(values)} seeds)" for w in sorted(set(words)))
-    there = list(values)
-    spread = f" ± {statistics.stdev(there):{form.lstrip('+')}}" if len(there) > 1 else ""
-    return f"{statistics.mean(there):{form}}{spread}"
+    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
 
 
 def differs(values, others):
@@ -71,323 +201,105 @@ def differs(values, others):
     return "=" if abs(statistics.mean(d)) <= statistics.stdev(d) else mean_sd(d, "+.3f")
 
 
-def lowest_at(points, limit):
-    """The lowest learning loss along a dial where forgetting is at most `limit`; straight between alphas."""
-    path = np.array(points)
-    fine = np.concatenate([np.linspace(a, b, 101) for a, b in itertools.pairwise(path)])
-    return float(fine[fine[:, 1] <= limit, 0].min())
-
-
-def hypervolume(points):
-    """Area between the dial and the corner (the base's learning loss, REFERENCE nats forgotten): the gain at
-    each limit of forgetting from 0 to REFERENCE, integrated. What is forgotten less than 0 counts as 0."""
-    gains = [points[0][0] - lowest_at(points, limit) for limit in np.linspace(0, REFERENCE, 51)]
-    return float(np.mean(gains)) * REFERENCE
-
-
-def retained_at(evals, target, after):
-    """Forgetting on validation where the learning loss first falls to `target`. Not within the first `after`
-    steps, where Adam's first large steps forget what is soon learned again: there it is "early"."""
-    for a, b in itertools.pairwise(evals):
-        if b["learn"] <= target < a["learn"]:
-            part = (a["learn"] - target) / (a["learn"] - b["learn"])
-            there = a["retain"] + part * (b["retain"] - a["retain"]) - evals[0]["retain"]
-            return there if a["step"] >= after else "early"
-    return "not reached"
-
-
 def at_operations(run, flops):
     """(learning loss, forgetting) on validation when the run had spent so many operations."""
-    evals, r = run["eval"], run["result"]
-    step = flops / r["flops"] * evals[-1]["step"]  # every step costs the same
+    evals = run["eval"]
+    step = flops / run["result"]["flops"] * evals[-1]["step"]  # every step costs the same
     steps, learn, retain = zip(*((e["step"], e["learn"], e["retain"]) for e in evals))
     return np.interp(step, steps, learn), np.interp(step, steps, retain) - retain[0]
 
 
-def runs_of(out, base, arm, seeds):
-    paths = [arm_path(out, base, arm, seed) for seed in seeds]
-    return [ev.read_run(path) for path in paths if finished(path)]
+def figures(runs, flops):
+    """{head of a column: [of each run]}"""
+    results = [run["result"] for run in runs]
+    learn, forgetting = zip(*(at_operations(run, flops) for run in runs))
+    return {
+        "learn": [r["learn"]["grown"] for r in results],
+        "forgetting": [ev.forgetting(r) for r in results],
+        "mixed: learn": [r["learn"]["mixed"] for r in results],
+        "mixed: forgetting": [ev.forgetting(r, "mixed") for r in results],
+        "equal operations: learn": learn,
+        "equal operations: forgetting": forgetting,
+    }
 
 
-def learned(runs):
-    return [run["result"]["learn"]["grown"] for run in runs]
+# ----- Tables and picture -----
 
 
-def forgot(runs):
-    return [ev.forgetting(run["result"]) for run in runs]
-
-
-# ----- Tables -----
-
-
-def when_growing_pays(out, scale, seeds, base):
-    runs = {arm: found for arm in arms_on(base) if (found := runs_of(out, base, arm, seeds))}
+def arms_table(runs, options):
+    """Of {arm: its runs}; beside each figure the difference to full training, or to the arm uncured."""
     budget = min(run["result"]["flops"] for run in itertools.chain(*runs.values()))
-    full, rows = runs["full"], []
-    at = {arm: [at_operations(run, budget) for run in found] for arm, found in runs.items()}
+    of, rows = {arm: figures(found, budget) for arm, found in runs.items()}, []
     for arm, found in runs.items():
-        r = found[0]["result"]
-        learn, old = zip(*at[arm])
-        rows.append([
-            ("arm", arm, ""), ("seeds", len(found), ""), ("trainable", r["trainable"], ","),
-            ("TFLOP", r["flops"] / 1e12, ".2f"), ("learn", mean_sd(learned(found)), ""),
-            ("- full", differs(learned(found), learned(full)), ""),
-            ("forgetting", mean_sd(forgot(found), "+.3f"), ""),
-            ("- full ", differs(forgot(found), forgot(full)), ""),
-            ("learn, equal operations", mean_sd(learn), ""),
-            ("- full  ", differs(learn, list(zip(*at["full"]))[0]), ""),
-            ("forgetting, equal operations", mean_sd(old, "+.3f"), ""),
-        ])  # fmt: skip
-    start = full[0]["result"]
-    return f"""### Base {base}: learn {start["learn"]["base"]:.3f}, retain {start["retain"]["base"]:.3f}
-
-`python train.py pretrain {scale.bases[base]} --out=BASE`, then for each arm and seed S \
-`python {" ".join(options(scale, base, "full", {"full": "OPTIONS"}))} --init=BASE/model --seed=S`
-
-{markdown(rows)}
-
-At equal tokens on the test splits; at equal operations ({budget / 1e12:.2f} TFLOP, where the cheapest ends)
-on validation windows, read off the curves."""
-
-
-def what_keeps_the_old(out, scale, seeds):
-    runs = {arm: found for arm in ("full", "grow 2", *CURED) if (found := runs_of(out, WHOLE, arm, seeds))}
-    end = statistics.mean(run["eval"][-1]["learn"] for run in runs["grow 2"]) + 0.02
-    middle = statistics.mean(run["eval"][len(run["eval"]) // 2]["learn"] for run in runs["full"])
-    after, rows = min(100, scale.steps["2x64"] // 5), []
-    for arm, found in runs.items():
-        plain = runs[arm.partition(" +")[0]]
-        rows.append([
-            ("arm", arm, ""), ("options", f"`{CURES.get(arm.partition(' + ')[2], 'no more')}`", ""),
-            ("learn", mean_sd(learned(found)), ""),
-            ("- plain", differs(learned(found), learned(plain)), ""),
-            ("forgetting", mean_sd(forgot(found), "+.3f"), ""),
-            ("- plain ", differs(forgot(found), forgot(plain)), ""),
-            *((f"forgetting at learn = {target:.2f}",
-               mean_sd([retained_at(run["eval"], target, after) for run in found], "+.3f"), "")
-              for target in (middle, end)),
-        ])  # fmt: skip
-    own = []
-    for arm in OWN:
-        if found := runs_of(out, WHOLE, arm, seeds):
-            gain = [run["result"]["learn"]["grown"] - run["result"]["learn"]["base"] for run in found]
-            own.append(
-                [("trained on docs alone", arm, ""), ("change of loss on docs", mean_sd(gain, "+.3f"), "")]
-            )
-    command, table = " ".join(options(scale, WHOLE, "full", {"full": "OPTIONS"})), markdown(rows)
-    early = f'"Early" is before step {after}: Adam\'s first steps forget what is soon learned again.'
-    return f"""`python {command} --init=BASE/model --seed=S`
-
-{table}
-
-OPTIONS are those of the row and, for full, `{FULL}`, for grow 2,
-`{GROW_2}` (with EWC and `--freeze=none`). "Plain" is the same without
-its cure. Forgetting at an equal learning loss is on validation windows, where the loss first falls to what
-full fine-tuning reaches half-way ({middle:.2f}), and to 0.02 above the end of growth ({end:.2f}).
-{early if "early" in table else ""}
-
-What the base gains on its own text in as many steps, so that replay's gain is not mistaken for retention:
-
-{markdown(own) if own else ""}"""
-
-
-def frontier(measured):
-    """All arms along their dials."""
-    rows, full = [], [m["dial"]["full"] for m in measured]
-    for arm in measured[0]["dial"]:
-        dials = [m["dial"][arm] for m in measured]
-        row = [("arm", arm, "")]
-        for limit in LIMITS:
-            row.append((f"learn at forgetting <= {limit}", mean_sd([lowest_at(d, limit) for d in dials]), ""))
-            against = differs([lowest_at(d, limit) for d in dials], [lowest_at(d, limit) for d in full])
-            row.append((f"- full at {limit}", against, ""))
-        volumes = [1000 * hypervolume(d) for d in dials]
-        row.append(("hypervolume x 1000", mean_sd(volumes, ".1f"), ""))
-        rows.append(row + [("- full", differs(volumes, [1000 * hypervolume(d) for d in full]), "")])
-    return markdown(rows)
-
-
-def dials(measured):
-    rows = []
-    for arm in ("full", "LoRA", "grow 2"):
-        row = [("learn / forgetting", arm, "")]
-        for i, alpha in enumerate(ALPHAS):
-            learn, old = zip(*(m["dial"][arm][i] for m in measured))
-            row.append((f"alpha {alpha}", f"{mean_sd(learn)} / {mean_sd(old, '+.3f')}", ""))
+        method, _, cure = arm.partition(" + ")
+        plain, result = of[method if cure else "full"], found[0]["result"]
+        row = {"arm": arm, "options": f"`{options[arm]}`", "seeds": len(found)}
+        row["trainable"] = f"{result['trainable']:,}"
+        row["stored"] = f"{runs['full'][0]['result']['parameters'] + result['trainable']:,}"
+        row["TFLOP"] = f"{result['flops'] / 1e12:.2f}"
+        for head, values in of[arm].items():
+            said = mean_sd(values, "+.3f" if "forgetting" in head else ".3f")
+            row[head] = f"{said} ({differs(values, plain[head])})"
         rows.append(row)
-    return markdown(rows)
+    return f"{ev.table(rows)}\n\nEqual operations: {budget / 1e12:.2f} TFLOP, where the cheapest arm ends."
 
 
-def shares(measured):
-    """Mixed losses of each stream at each share, on validation windows; the best share on their mean."""
-    rows, averages = [], {}
-    streams = measured[0]["mixed"]["grow 2"]["val"]
-    for method, share in itertools.product(("grow 2", "LoRA", "full"), map(str, SHARES)):
-        losses = {name: [m["mixed"][method]["val"][name][share][-1] for m in measured] for name in streams}
-        average = averages[method, share] = [statistics.mean(seed) for seed in zip(*losses.values())]
-        rows.append([("method", method, ""), ("share", share, ""),
-                     *((name, mean_sd(values), "") for name, values in losses.items()),
-                     ("average", mean_sd(average), ""),
-                     ("- share 0", differs(average, averages[method, "0"]), "")])  # fmt: skip
-    best = min(map(str, SHARES), key=lambda share: statistics.mean(averages["grow 2", share]))
-    return f"{markdown(rows)}\n\nThe lowest average for growth is at share {best}."
-
-
-def mixtures(measured):
-    rows = []
-    for method, share in itertools.product(("grow 2", "LoRA", "full"), (None, "0", "0.01")):
-        m = [one["mixed"][method] for one in measured]
-        learn, old = ([one["test"][name][share or "0"] for one in m] for name in ("learn", "retain"))
-        k = 1 if share is None else 2
-        rows.append([
-            ("method", method, ""),
-            ("predicts", "last alone" if share is None else f"mixed, share {share}", ""),
-            ("learn", mean_sd([x[k] for x in learn]), ""),
-            ("forgetting", mean_sd([x[k] - x[0] for x in old], "+.3f"), ""),
-            ("stored parameters", m[0]["stored"], ","),
-            ("block passes a token", m[0]["passes"] if share else "", ""),
-            ("heads a token", m[0]["heads"] if share else "", ""),
-        ])  # fmt: skip
-    return markdown(rows)
-
-
-def sequences(measured):
-    rows = []
-    for order, method, share in itertools.product(ORDERS, ("full", "grow 2"), (None, "0", "0.01")):
-        columns = [m["sequence"][f"{' '.join(order)} {method}"][share or "0"] for m in measured]
-        k = -2 if share is None else -1
-        average = [statistics.mean(text[k] for text in seed) for seed in columns]
-        transfer = [
-            statistics.mean(text[k] - text[i] for i, text in enumerate(seed[:-1])) for seed in columns
-        ]
-        kept = "stored copies" if method == "full" else "versions"
-        rows.append([
-            ("order", f"docs, {', '.join(order)}", ""), ("method", method, ""),
-            ("predicts", "last alone" if share is None else f"{kept} mixed, share {share}", ""),
-            ("average loss", mean_sd(average), ""), ("backward transfer", mean_sd(transfer, "+.3f"), ""),
-            *((f"text {i + 1}", mean_sd([seed[i][k] for seed in columns]), "")
-              for i in range(len(order) + 1)),
-        ])  # fmt: skip
-    return markdown(rows)
-
-
-def at_124m():
-    """The commands of the same arms for whoever has OpenAI's weights and a GPU."""
-    lines = ["for S in 0 1 2; do"]
-    for words in (ARMS | EXTRA).values():
-        method, _, more = words.partition(" ")
-        start = f"python train.py {words}"
-        if method in controls.METHODS:
-            name = words.replace(" --lr=", "-")
-            start = " ".join(
-                ["python tests/controls.py", method, "card", *more.split(), f"--out=out/{name}-$S"]
-            )
-        start = start.replace("6e-3", "1e-4").replace("1e-3", "1.7e-5")  # of the card's 5e-5
-        lines.append(f"  {start} --seed=$S")
-    for ewc, freeze in ((False, ""), (True, " --freeze=none")):
-        cures = " ".join(f'"{words}"' for words in CURES.values() if ("ewc" in words) == ewc)
-        lines += [f"  for CURE in {cures}; do", f"    python train.py {FULL} $CURE --seed=$S",
-                  f"    python train.py {GROW_2}{freeze} $CURE --seed=$S", "  done"]  # fmt: skip
-    return "\n".join([
-        *lines, "done", "# then, for each RUN of growth on a frozen base: mixed, and the dial",
-        "python eval.py RUN --dataset=wikitext2,webtext --share=0.01",
-        "python eval.py RUN --dataset=wikitext2,webtext --alpha=0.5",
-    ])  # fmt: skip
-
-
-def picture(out, seeds, measured, path):
-    """Forgetting against learning loss on the demo's trained base: means over seeds, dials as lines."""
+def picture(runs, path):
+    """Forgetting against learning loss, each arm of {arm: its runs} labelled where it lies."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel="learning loss on code, validation", ylabel="forgetting on docs, validation")
-    axes.axhline(0, color="gray", linewidth=0.5)
-    markers = dict(zip([*CURES, *EXTRA, "grow 2, none frozen"], "^vDd<>sphHX*1234"))
-    families = ["full", "grow 2", "LoRA", "widened MLP", "top 2 unfrozen", "grow 4"]
-    for arm in ARMS | EXTRA | CURED:
-        if runs := runs_of(out, WHOLE, arm, seeds):
-            ends = [(r["eval"][-1]["learn"], r["eval"][-1]["retain"] - r["eval"][0]["retain"]) for r in runs]
-            method, _, cure = arm.partition(" + ")
-            color = f"C{families.index(method.partition(',')[0])}"
-            axes.plot(*np.mean(ends, 0), markers.get(cure or arm, "o"), color=color, label=arm)
-            if arm in measured[0]["dial"]:
-                line = np.mean([m["dial"][arm] for m in measured], 0)
-                axes.plot(*line.T, color=color, linewidth=1.5 if arm in families else 0.3)
-    for method, marker in {"grow 2": "*", "LoRA": "P", "full": "X"}.items():
-        losses = [m["mixed"][method]["val"] for m in measured]
-        ends = [(x["learn"]["0"][-1], x["retain"]["0"][-1] - x["retain"]["0"][0]) for x in losses]
-        axes.plot(*np.mean(ends, 0), marker, color="black", markersize=13, label=f"{method}, mixed (share 0)")
-    axes.legend(fontsize="xx-small", ncols=2)
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    for axes, predictor in zip(figure.subplots(1, 2), ("grown", "mixed")):
+        title = {"grown": "one network alone", "mixed": "mixed with the old network"}[predictor]
+        axes.set(title=title, xlabel="learning loss on code, test", ylabel="forgetting on docs, test")
+        axes.axhline(0, color="gray", linewidth=0.5)
+        for arm, found in runs.items():
+            results = [run["result"] for run in found]
+            x = statistics.mean(r["learn"][predictor] for r in results)
+            y = statistics.mean(ev.forgetting(r, predictor) for r in results)
+            axes.plot(x, y, "o", color=f"C{list(ARMS).index(arm.partition(' + ')[0])}")
+            axes.annotate(arm, (x, y), (3, 3), textcoords="offset points", fontsize="x-small")
     figure.savefig(path, dpi=130)
 
 
 def write(out, scale, seeds, command):
-    """OUT/study.md and OUT/study.png, of finished jobs."""
-    measured = [json.loads((out / f"measured-seed{seed}" / "measured.json").read_text()) for seed in seeds]
-    by_base = "\n\n".join(when_growing_pays(out, scale, seeds, base) for base in scale.bases)
-    picture(out, seeds, measured, out / "study.png")
+    """OUT/study.md and a picture for each base, of the arms whose runs are all finished."""
+    parts = []
+    for base, shape in scale.bases.items():
+        runs, options = {}, arms_on(base)
+        for arm in options:
+            paths = [arm_path(out, base, arm, seed) for seed in seeds]
+            if all(map(finished, paths)):
+                runs[arm] = [read(path, base_path(out, base)) for path in paths]
+        if "full" not in runs:
+            continue
+        picture(runs, out / f"study-{base}.png")
+        learn, retain = (runs["full"][0]["result"][text]["base"] for text in ("learn", "retain"))
+        parts.append(f"""## Base {base}: learn {learn:.3f}, retain {retain:.3f}
+
+`python train.py pretrain {shape} --out=BASE`, then for each arm and seed S \
+`python train.py demo OPTIONS {scale.words} --init=BASE/model --seed=S`
+(LoRA and the widened MLP: `python tests/controls.py lora demo ...`)
+
+{arms_table(runs, options)}
+
+![Forgetting against learning](study-{base}.png)
+""")
     (out / "study.md").write_text(f"""# The study
 
 `{command}`
 
 Learn: test loss on `code`; forgetting: test loss on `docs` minus the base's; nats per token, mean ± standard
-deviation over seeds {", ".join(map(str, seeds))}. To save time, {LARGE} has the first two seeds only, fewer
-arms, and {scale.steps[LARGE]} steps instead of {scale.steps["2x64"]}. A column that begins with "-" is a
-difference seed by seed; "=" is one within its own standard deviation, from which nothing follows. LoRA (on
-all four matrices of every block) and the widened MLP train as many parameters, within 1%, as growth by
-{controls.ADDED_BLOCKS} blocks, which come before the first two steps. All arms have one
-learning rate unless they say another. Seeds differ in batches and fresh weights; each base is trained once.
+deviation over seeds {", ".join(map(str, seeds))}. In brackets the difference seed by seed, to full training
+or, with a cure, to the same without it; "=" is one within its own standard deviation, from which nothing
+follows. Mixed: with the network before (grow.mix), which growth, LoRA and the widened MLP have inside; for
+the others it is stored beside, and counted. LoRA (on all four matrices of every block) and the widened MLP
+train as many parameters, within 1%, as growth by {controls.ADDED_BLOCKS} blocks, which come before the first
+two steps. At equal operations losses are on validation windows, read off the curves. Seeds differ in batches
+and fresh weights; each base is trained once.
 
-## When does growing pay?
-
-{by_base}
-
-## What keeps the old?
-
-{what_keeps_the_old(out, scale, seeds)}
-
-## The dial
-
-`python eval.py RUN --alpha=A --out=FOLDER` for growth; for the others the weights, interpolated (WiSE-FT).
-Validation windows.
-
-{dials(measured)}
-
-Along the dial of every arm (straight between alphas). Hypervolume: gain over the base integrated over limits
-of forgetting from 0 to {REFERENCE} nats: the reference point is (the base's learning loss, {REFERENCE}).
-
-{frontier(measured)}
-
-![Forgetting against learning](study.png)
-
-## Predicting with the old network, too
-
-`python eval.py RUN --dataset=code,docs --share=A`, for growth; with the stored base for the others.
-Validation windows; in "code then docs" each has its first half from code, the other from docs.
-
-{shares(measured)}
-
-The same on the test splits, and what it costs:
-
-{mixtures(measured)}
-
-## Three texts in a row
-
-`python train.py demo {GROW_2} --init=RUN/model --dataset=headers --retain=code --out=NEXT`, then \
-`python eval.py NEXT --dataset=docs,code,headers --split=test`. Test splits.
-
-{sequences(measured)}
-
-Backward transfer: loss on all but the last text, minus that of the network that had just learned it.
-
-## The same at 124M, for whoever has the weights and a GPU
-
-```sh
-{at_124m()}
-```
-""")
-    print(f"written: {out}/study.md and {out}/study.png")
+{"".join(parts)}""")
+    print(f"written: {out}/study.md and its pictures")
 
 
 def main(argv):
@@ -398,21 +310,16 @@ def main(argv):
     parser.add_argument("--tables", action="store_true", help="run nothing")
     parser.add_argument("--list", action="store_true", help="print the jobs, run nothing")
     parser.add_argument("--quick", action="store_true", help="tiny networks, few steps, one seed")
-    parser.add_argument("--measure", type=int, metavar="SEED", help="(a job, whose folder is --out)")
     a = parser.parse_args(argv)
     scale, seeds = (QUICK, a.seeds[:1]) if a.quick else (NORMAL, a.seeds)
-    if a.measure is not None:
-        found = json.dumps(measure(a.out.parent, a.measure, scale), allow_nan=False)
-        (a.out / "measured.json").write_text(found)
-        return
-    jobs, last = jobs_of(a.out, scale, seeds), measuring_jobs(a.out, seeds, a.quick)
+    jobs = jobs_of(a.out, scale, seeds)
     if a.list:
-        for job in jobs + last:
-            print(f"{job.seconds:4.0f} s  {job.path.relative_to(a.out)}: {' '.join(job.words)}")
+        for job in jobs:
+            print(f"{job.path.relative_to(a.out)}: {' '.join(job.words)}")
         return
-    for stage in () if a.tables else (jobs, last):
-        do(a.out, stage, a.workers, a.quick)
-        if left := sum(not finished(job.path) for job in stage):
+    if not a.tables:
+        do(jobs, a.workers, a.quick)
+        if left := sum(not finished(job.path) for job in jobs):
             raise ev.UserError(f"{left} jobs are not finished (see above): the same command goes on")
     write(a.out, scale, seeds, " ".join(["python", "tests/study.py", *argv]))
 
