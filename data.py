@@ -35,6 +35,12 @@ def is_out_of_memory(e):
     return isinstance(e, MemoryError) or any(phrase in str(e) for phrase in phrases)
 
 
+@functools.cache
+def tell(sentence):
+    """On stderr, once: what a program is given is looked at before anything is done, and read later."""
+    print(sentence, file=sys.stderr)
+
+
 # ----- Fetching -----
 
 
@@ -176,7 +182,7 @@ def load_checkpoint(path):
         raise UserError(f"{path}: damaged ({(str(e) or type(e).__name__).splitlines()[0]})") from e
     found = value.get("version") if isinstance(value, dict) else None
     if found != CHECKPOINT_VERSION:
-        raise UserError(f"{path} has format {found}, and only {CHECKPOINT_VERSION} can be resumed")
+        raise UserError(f"{path} is not of this program, or not of this version: it cannot be resumed here")
     return value
 
 
@@ -194,7 +200,8 @@ def read_jsonl(path):
         try:
             rows.append(json.loads(line, parse_constant=int))  # int("NaN") is a ValueError
         except ValueError as e:
-            raise UserError(f"{path}, line {number}: not JSON ({e})") from e
+            torn = "; --resume mends what a kill tore" if Path(path).name == "metrics.jsonl" else ""
+            raise UserError(f"{path}, line {number}: not JSON ({e}){torn}") from e
     return rows
 
 
@@ -204,6 +211,15 @@ EOT = "<|endoftext|>"
 BYTES, GPT2 = 257, 50257
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/"
 ENCODINGS = OPENAI + "encodings/main/"
+# GPT-2's vocab.json writes byte b as the character BYTE_CHARACTERS[b]: itself if it can be printed, else one
+# of those from 256 on.
+_PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_others = iter(range(256, 512))
+BYTE_CHARACTERS = "".join(chr(b if b in _PRINTED else next(_others)) for b in range(256))
+VOCABULARY_SHA256 = {
+    "gpt2": "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3",
+    "bytes": "6f4b22994511341556e0afed07c5c1642aff87bc6fdf4ff2a611f5c1f33f7865",
+}
 TOKENIZER_FILES = {
     "vocab.bpe": (456_318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
     "encoder.json": (1_042_301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
@@ -231,8 +247,23 @@ def _bpe():
 
 def tokenizer_name(vocab_size):
     if vocab_size not in (BYTES, GPT2):
-        raise UserError(f"no tokenizer has {vocab_size:,} ids: only 50,257 (GPT-2) and 257 (bytes) are known")
+        cut = "; cut others off by transformers' resize_token_embeddings(50257)" if vocab_size > GPT2 else ""
+        raise UserError(f"{vocab_size:,} ids: only 50,257 (GPT-2) and 257 (bytes) have a tokenizer here{cut}")
     return "bytes" if vocab_size == BYTES else "gpt2"
+
+
+def check_tokenizer(folder, vocab_size):
+    """Refuse a network whose own tokenizer, {token: id}, is not that of `encode`. End of text may be missing;
+    the other tokens, in the order of their ids, have a known sha256."""
+    for file in ("vocab.json", "tokenizer.json"):
+        if (folder / file).exists():
+            ids = json.loads((folder / file).read_bytes())
+            ids = ids["model"]["vocab"] if file == "tokenizer.json" else ids
+            tokens = sorted(ids.keys() - {EOT}, key=ids.get)
+            right = [ids[token] for token in tokens] == list(range(vocab_size - 1))
+            name, digest = tokenizer_name(vocab_size), hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+            if not right or digest != VOCABULARY_SHA256[name]:
+                raise UserError(f"{file} beside it is not the {name} tokenizer: its ids mean other text here")
 
 
 def encode(text, vocab_size=GPT2):
@@ -278,7 +309,7 @@ def webtext():
     for name, size in WEBTEXT_BYTES.items():
         file = f"webtext.{name}.jsonl"
         path = fetch([f"{OPENAI}output-dataset/v1/{file}"], cache_dir() / file, size)
-        texts.append(EOT.join(row["text"] for row in read_jsonl(path)))
+        texts.append(EOT.join(read_text(path)))
     return {"train": texts[0], "val": texts[1], "test": texts[1]}
 
 
@@ -314,33 +345,62 @@ def _shuffled_pieces(texts, size=2000):
     return sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode("utf-8", "replace")).digest())
 
 
+READ = (".txt", ".md", ".py", ".jsonl")  # of a folder; a file is read whatever its name
+
+
 def find_files(name):
-    """A user's file, or every .txt, .md and .py file below a folder in the order of their paths."""
-    path = Path(name).absolute()
+    """A user's file, or every file below a folder that can be read, in the order of their paths. What begins
+    with a dot belongs to the system or an editor, and is left out."""
+    path = Path(name).expanduser().absolute()
     if not name or not path.exists():
         raise UserError(f"no text {path}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
     if path.is_file():
+        if path.suffix.lower() not in READ:
+            tell(f"{path} is read as plain text, as it is")
         return [path]
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in (".txt", ".md", ".py")]
+    found = [p for p in sorted(path.rglob("*")) if p.is_file()]
+    shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    files = [p for p in shown if p.suffix.lower() in READ]
+    tell(f"{path}: {len(files)} files are read, {len(found) - len(files)} left out")
     if not files:
-        raise UserError(f"{path} has no files of those that are read: .txt, .md, .py")
+        raise UserError(f"{path} has no files of those that are read: {', '.join(READ)}")
     return files
 
 
+def read_text(file):
+    """A file's documents: one, or those of a .jsonl file's rows."""
+    raw = file.read_bytes()
+    if b"\0" in raw:
+        raise UserError(f"{file} holds NUL bytes, as UTF-16 does: convert it to UTF-8 first")
+    if file.suffix.lower() == ".jsonl":
+        rows = read_jsonl(file)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise UserError(f'{file}, line {number}: every row must have a string "text"')
+        return [row["text"] for row in rows]
+    try:
+        text = raw.decode("utf-8-sig")  # without a byte order mark
+    except UnicodeDecodeError as e:
+        raise UserError(f"{file} is not UTF-8 at byte {e.start}: convert it first") from e
+    return [text.replace("\r\n", "\n").replace("\r", "\n")]
+
+
 def own_text(name):
-    texts = []
-    for file in find_files(name):
-        try:
-            texts.append(file.read_bytes().decode())
-        except UnicodeDecodeError as e:
-            raise UserError(f"{file} is not UTF-8 at byte {e.start}: convert it first") from e
+    texts = [text for file in find_files(name) for text in read_text(file) if text.strip()]
+    if not texts:
+        raise UserError(f"{name} is empty: give a text")
     return _split(texts)
 
 
 def _split(texts):
-    """90% train, 5% val, 5% test of the joined texts, cut at line ends."""
+    """90% train, 5% val, 5% test of the joined texts, cut at line ends; if there is none, where a text ends,
+    and in a single line anywhere."""
     text = EOT.join(texts)
-    a, b = (text.find("\n", int(len(text) * share)) + 1 or len(text) for share in (0.90, 0.95))
+
+    def cut(at):
+        return text.find("\n", at) + 1 or max(text.find(EOT, at - len(EOT)), 0) or at
+
+    a, b = cut(int(len(text) * 0.90)), cut(int(len(text) * 0.95))
     return {"train": text[:a], "val": text[a:b], "test": text[b:]}
 
 
@@ -352,7 +412,7 @@ def check_name(name):
     if name not in BUILT_IN:
         find_files(name)
     elif Path(name).exists():
-        print(f"{name} is the built-in text: to take what is here, write ./{name}", file=sys.stderr)
+        tell(f"{name} is the built-in text: to take what is here, write ./{name}")
 
 
 def load(name, vocab_size, block_size):

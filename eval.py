@@ -15,6 +15,7 @@ compute in the precision that stands beside the figures, final norm, head and lo
 import argparse
 import ctypes
 import itertools
+import json
 import math
 import os
 import platform
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 import data
 import grow
 from data import UserError
-from model import GPT, cross_entropy
+from model import GPT, SIZES, cross_entropy
 
 # ----- The machine -----
 
@@ -273,7 +274,7 @@ def comparison(runs):
         base, grown, mixed = text["base"], text["grown"], text["mixed"]
         if base is None:
             continue
-        row = {"text": f"{name}: {text['dataset']}", "run": Path(run["folder"]).name}
+        row = {"text": f"{name}: {Path(text['dataset']).name}", "run": Path(run["folder"]).name}
         row |= cells(".4f", {"loss base": base, "loss grown": grown, "loss mixed": mixed})
         gain = None if mixed is None else mixed - base
         row |= cells("+.4f", {"change": grown - base, "change mixed": gain})
@@ -336,14 +337,15 @@ def texts_learned(init, retain):
         return [] if retain == "none" else [retain]
 
 
-def report(run):
-    """A finished run in Markdown: printed when it ends, or by eval.py, and part of its card."""
-    folder, result = shlex.quote(run["folder"]), run["result"]
-    text = f"""## Summary of {run["folder"]}
-{comparison([run])}
+def tables(run):
+    """A finished run in Markdown."""
+    return f"## Summary of {Path(run['folder']).name}\n{comparison([run])}\n\n## Growths\n{growths(run)}"
 
-## Growths
-{growths(run)}
+
+def report(run):
+    """What is printed of a finished run: its tables, and what can be done with it."""
+    folder, result = shlex.quote(run["folder"]), run["result"]
+    text = f"""{tables(run)}
 
 The model: {folder}/model
 These tables again, and a picture: python eval.py {folder} --plot=run.png
@@ -389,46 +391,53 @@ def plot(runs, path):
 
 
 def model_card(run):
-    """The README.md that stands beside a run's export, filled with this run's numbers only."""
-    start, c, folder = run["header"], run["header"]["config"], f"{run['folder']}/model"
-    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-    encode, decode = 'tokenizer.encode("def main():")', "tokenizer.decode(ids)"
-    if start["vocab_size"] == data.BYTES:
-        tokenizer, encode = "# a token is a byte", 'list(b"def main():")'
-        decode = 'bytes(i for i in ids if i < 256).decode(errors="replace")'
+    """The README.md that stands beside a run's export: this run's numbers, and nothing of this machine."""
+    start, c, result = run["header"], run["header"]["config"], run["result"]
+    init, name = Path(c["init"]).name, json.dumps(Path(run["folder"]).name)  # JSON is YAML
+    learned = Path(result["learn"]["dataset"]).name
+    metrics = {"test loss": result["learn"]["grown"], "forgetting": forgetting(result)}
+    metrics["test loss on the old text"] = result["retain"]["grown"]
+    form = "    - {{type: loss, name: {} in nats per token, value: {:.4f}}}"
+    lines = [form.format(*item) for item in metrics.items() if item[1] is not None]
+    base = f"base_model: openai-community/{init}\n" if c["init"] in SIZES else ""
+    datasets = "datasets: [Salesforce/wikitext]\n" if learned == "wikitext2" else ""
     return f"""---
+license: mit
+language: en
 library_name: transformers
 pipeline_tag: text-generation
+tags: [gpt2, growing-network, continual-learning]
+{base}{datasets}model-index:
+- name: {name}
+  results:
+  - task: {{type: text-generation}}
+    dataset: {{type: {json.dumps(learned)}, name: {json.dumps(learned)}, split: test}}
+    metrics:
+{chr(10).join(lines)}
 ---
 
-# Growing GPT: {start["layers"]} -> {run["result"]["layers"]} layers
-A GPT-2 that started from `{c["init"]}` and learned `{c["dataset"]}`, of which \
+# Growing GPT: {start["layers"]} -> {result["layers"]} layers
+A GPT-2 that started from `{init}` and learned `{learned}`, of which \
 {start["tokens"]["learn"]["train"]:,} tokens are for training.
 
-{report(run)}
+{tables(run)}
 
-## Options
+## Made by
 `{start["command"]}`
-
-{table([{"option": f"--{name}", "value": repr(value)} for name, value in c.items()])}
 
 ## Usage
 ```python
-import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import pipeline
 
-model = GPT2LMHeadModel.from_pretrained("{folder}")
-{tokenizer}
-prompt = torch.tensor([{encode}])
-mask, new = torch.ones_like(prompt), {max(1, min(40, c["block_size"] - 11))}
-ids = model.generate(prompt, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=50)[0]
-print({decode})
+generate = pipeline("text-generation", "FOLDER")  # of this file
+print(generate("def main():", max_new_tokens={max(1, min(40, c["block_size"] - 11))})[0]["generated_text"])
 ```
 
 ## Limits and licence
-One run, one seed: how much runs differ is not shown. The model states falsehoods fluently and repeats the
-biases of its training text. Weights derived from OpenAI's GPT-2 are under its Modified MIT License, the code
-is MIT, and training text keeps its own licence.
+One run, one seed: how much runs differ is not shown. transformers loads the last of the versions \
+{result["versions"]} alone. The model states falsehoods fluently and repeats the biases of its training text.
+Weights derived from OpenAI's GPT-2 are under its Modified MIT License, the code is MIT, and training text
+keeps its own licence.
 """
 
 
@@ -485,8 +494,9 @@ def parser(program, description, usage):
 
 def arguments(argv):
     p = parser("eval.py", __doc__, "NAME [NAME ...] [--option=value ...]")
-    p.add_argument("names", nargs="+", help="run folders, or one model: gpt2, gpt2-medium ..., a folder")
-    p.add_argument("--plot", metavar="FILE.png", help="draw losses and frontier of the runs, by matplotlib")
+    path = os.path.expanduser
+    p.add_argument("names", nargs="+", type=path, help="run folders, or one model: gpt2 ..., a folder")
+    p.add_argument("--plot", type=path, metavar="FILE.png", help="draw losses and frontier, by matplotlib")
     p.add_argument("--prompt", help="sample a continuation of this text")
     p.add_argument("--max_new_tokens", type=int, default=100)
     p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
@@ -500,7 +510,7 @@ def arguments(argv):
     p.add_argument("--version", type=int, help="this version of the model alone, as in its config.json")
     p.add_argument("--share", type=float, default=0.0, help="of the mixture's weights, spread at each token")
     p.add_argument("--alpha", type=float, help="0 ... 1: between the last version but one and the last")
-    p.add_argument("--out", help="write the version, or what --alpha makes of the last, into this folder")
+    p.add_argument("--out", type=path, help="write the version, or what --alpha makes of it, into a folder")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="float32")
     a = p.parse_args(argv)
@@ -575,9 +585,27 @@ def main(argv):
                 measure_texts(a, name, nets, block_size, device, dtype)
 
 
+class Output:
+    """Standard output, line by line, that outlives its terminal or pipe: a run is not lost with it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(line_buffering=True, errors="replace")  # an encoding may lack a character
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:  # nobody reads any more: what follows goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run_main(main):
     """Run a program: what its user can put right becomes one sentence; a bug keeps its traceback."""
-    sys.stdout.reconfigure(line_buffering=True)  # lines come as they are made, in pipes and files, too
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         sys.exit(main(sys.argv[1:]))
     except (UserError, OSError) as e:

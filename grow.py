@@ -227,8 +227,9 @@ def scheduled(step, first, every):
 
 def plateau(evals, patience, min_delta, grown=0):
     """Due when the loss has not fallen by more than `min_delta` nats for `patience` steps.
-    evals: [(step, validation loss in nats)], in order. The rule of torch.optim.lr_scheduler.ReduceLROnPlateau
-    (mode min, threshold_mode abs), counted in steps instead of calls; NaN is never better. Patience is also
+    evals: [(step, validation loss in nats)], in order. The terms are those of torch's ReduceLROnPlateau (mode
+    min, threshold_mode abs), counted in steps: due at the first evaluation that is `patience` steps behind
+    the last improvement, where ReduceLROnPlateau waits for one more. NaN is never better. Patience is also
     counted from step `grown` of the last growth, so that a new block has time to prove itself."""
     best, improved = float("inf"), 0
     for step, loss in evals:

@@ -12,8 +12,7 @@ says of each block which growth inserted it, `GPTConfig.versions` which finished
 import hashlib
 import json
 import math
-import os
-import shutil
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,12 +64,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        if cache is not None:  # decoding: T is the prompt at first, then 1, which may see all that is cached
+        causal = not cache  # one token behind what is cached may see all of it
+        if cache is not None:
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
             cache[:] = k, v
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=p)  # (B, H, T, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=p)  # (B, H, T, C/H)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), p)
 
 
@@ -179,10 +179,12 @@ class GPT(nn.Module):
 
         Raises UserError (a ValueError) that names the file and its fault, OSError if one cannot be read."""
         config = replace(read_config(name_or_folder), dropout=dropout)
-        folder = fetch_gpt2(name_or_folder) if name_or_folder in SIZES else Path(name_or_folder).absolute()
+        folder = Path(name_or_folder).expanduser().absolute()
+        if name_or_folder in SIZES:
+            folder = fetch_gpt2(name_or_folder)
         with torch.device("meta"):  # shapes only: no memory and no random numbers for what is about to come
             model = cls(config)
-        if (folder / "hparams.json").exists():
+        if not (folder / "config.json").exists():
             assign_weights(model, read_openai_weights(folder, model), folder / DATA)
         else:
             assign_weights(model, read_huggingface_weights(folder), folder / "model.safetensors")
@@ -191,19 +193,18 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, card=None):
         """Write Hugging Face's format: GPT2LMHeadModel and AutoTokenizer load it, from_pretrained too.
 
-        `card` is the text of its README.md. The folder is complete or not there: it is written aside, then
-        renamed."""
-        folder = Path(folder)
-        aside = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write_safetensors(self, aside / "model.safetensors")
-        write_tokenizer(self.config, aside)
-        write_config(self.config, aside / "config.json")
+        `card` is the text of its README.md. Each file is written aside and renamed, the weights first; what
+        else is in the folder stays."""
+        folder = Path(folder).expanduser()
+        texts = {"config.json": config_json(self.config), **tokenizer_files(self.config)}
         if card is not None:
-            (aside / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
+            texts["README.md"] = card
+        folder.mkdir(parents=True, exist_ok=True)
+        with data.replacing(folder / "model.safetensors") as f:
+            write_safetensors(self, f)
+        for name, text in texts.items():
+            with data.replacing(folder / name) as f:
+                f.write(text.encode())
 
 
 def init_parameter(name, p, n_layer):
@@ -248,7 +249,7 @@ def assign_weights(model, arrays, source):
     shapes = {name: stored_shape(name, p) for name, p in model.named_parameters()}
     for name in sorted(shapes.keys() | arrays.keys()):
         found = arrays[name].shape if name in arrays else "missing"
-        expected = shapes.get(name, "no such tensor")
+        expected = shapes.get(name, "none (if transformers knows it, save its GPT2LMHeadModel alone)")
         if found != expected:
             raise UserError(f"{source}: tensor {name}: {found}, where the model has {expected}")
     state = {}
@@ -313,7 +314,10 @@ def read_safetensors(path):
     our own exports carry the sha256 of their tensors, other files have no checksum."""
     try:
         with open(path, "rb") as f:
-            start = 8 + int.from_bytes(f.read(8), "little")
+            first = f.read(8)
+            if first.startswith((b"version ", b"<")):
+                raise ValueError("a git-lfs pointer or a web page, not the weights: download the file itself")
+            start = 8 + int.from_bytes(first, "little")
             size = path.stat().st_size - start
             if size < 0:
                 raise ValueError("its header reaches past the end")
@@ -343,16 +347,25 @@ def read_safetensors(path):
 
 
 def read_huggingface_weights(folder):
-    """{our name: array}: without the prefix and the second copy of wte that some files carry."""
-    arrays = read_safetensors(folder / "model.safetensors")
-    arrays = {name.removeprefix("transformer."): a for name, a in arrays.items()}
+    """{our name: array}: without prefixes and the second copy of wte that some files carry."""
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / files[0]).exists():  # transformers divides what is large
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    stored = {}
+    for file in files:
+        if not (folder / file).exists():
+            hint = "load it in transformers and save_pretrained it, which writes that file"
+            raise UserError(f"{folder} has no {file}: {hint}")
+        stored |= read_safetensors(folder / file)
+    # those of a class around GPT-2, of torch.compile and of DistributedDataParallel
+    arrays = {re.sub(r"^(module\.|_orig_mod\.|transformer\.)+", "", name): a for name, a in stored.items()}
     head = arrays.pop("lm_head.weight", None)
     if head is not None and not np.array_equal(head, arrays.get("wte.weight", head)):
         raise UserError(f"{folder}: lm_head.weight is not wte.weight, and GPT-2 has one matrix for both")
     return arrays
 
 
-def write_safetensors(model, path):
+def write_safetensors(model, f):
     def tensors():
         for name, p in model.named_parameters():
             p = p.detach().float().cpu()
@@ -366,33 +379,34 @@ def write_safetensors(model, path):
     header["__metadata__"] = {"format": "pt", "sha256": digest.hexdigest()}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with open(path, "wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        for _, array in tensors():
-            f.write(array)
+    f.write(len(raw).to_bytes(8, "little") + raw)
+    for _, array in tensors():
+        f.write(array)
 
 
-def write_config(config, path):
+def config_json(config):
     sizes = {"vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size}
     sizes |= {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
     growth = {"generation": config.generation, "versions": config.versions}
     special = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     names = {"architectures": ["GPT2LMHeadModel"], "torch_dtype": "float32"}
-    values = FIXED | names | growth | sizes | special | dropout
-    path.write_text(json.dumps(values, indent=2))
+    return json.dumps(FIXED | names | growth | sizes | special | dropout, indent=2)
 
 
-def write_tokenizer(config, folder):
-    """OpenAI's two tokenizer files, under Hugging Face's names."""
-    if config.vocab_size != data.GPT2:
-        return
-    files = data.tokenizer_files()
-    (folder / "vocab.json").write_bytes(files["encoder.json"].read_bytes())
-    (folder / "merges.txt").write_bytes(files["vocab.bpe"].read_bytes())
-    special = {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
-    values = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2))
+def tokenizer_files(config):
+    """{name: text} of the files by which AutoTokenizer has the ids of data.encode."""
+    values = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size}
+    values |= {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
+    values["clean_up_tokenization_spaces"] = False
+    files = {"tokenizer_config.json": json.dumps(values, indent=2)}
+    if config.vocab_size == data.BYTES:  # the same tokenizer, without a merge
+        vocabulary = {c: byte for byte, c in enumerate(data.BYTE_CHARACTERS)}
+        return files | {"vocab.json": json.dumps(vocabulary | {data.EOT: 256}), "merges.txt": ""}
+    if config.vocab_size == data.GPT2:  # OpenAI's, under Hugging Face's names
+        openai = {name: path.read_text("utf-8") for name, path in data.tokenizer_files().items()}
+        return files | {"vocab.json": openai["encoder.json"], "merges.txt": openai["vocab.bpe"]}
+    return {}
 
 
 # ----- Where the weights are, and a model's shape, which is known before they are read -----
@@ -413,32 +427,55 @@ SHA256 = {"gpt2": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407
 
 def read_config(name_or_folder):
     """GPTConfig of what from_pretrained would load. Raises UserError."""
+    folder = Path(name_or_folder).expanduser().absolute()
     if name_or_folder in SIZES:
+        if folder.exists():
+            data.tell(f"{name_or_folder} is OpenAI's: for the folder here, write ./{name_or_folder}")
         _, n_layer, n_head, n_embd = SIZES[name_or_folder]
         return GPTConfig(n_head=n_head, n_embd=n_embd, generation=(0,) * n_layer)
-    folder = Path(name_or_folder).absolute()
-    path, vocab_size, block_size = folder / "hparams.json", "n_vocab", "n_ctx"
+    path, vocab_size, block_size = folder / "config.json", "vocab_size", "n_positions"
     if not path.exists():
-        path, vocab_size, block_size = folder / "config.json", "vocab_size", "n_positions"
+        path, vocab_size, block_size = folder / "hparams.json", "n_vocab", "n_ctx"
     if not path.exists():
-        run = (folder / "model" / "config.json").exists()
-        hint = f"is a run, its network is {folder / 'model'}" if run else "has no hparams.json or config.json"
-        raise UserError(f"no model: {folder} {hint} (or give one of {', '.join(SIZES)})")
+        hint = "has no config.json or hparams.json" if folder.is_dir() else "is no folder with weights"
+        if folder.is_file():
+            hint = "is a file: give a folder with config.json and model.safetensors"
+        if (folder / "model" / "config.json").exists():
+            hint = f"is a run, its network is {folder / 'model'}"
+        known = f"give one of {', '.join(SIZES)}, or a folder to which transformers saved a GPT-2"
+        raise UserError(f"no model: {folder} {hint} ({known})")
     try:
         h = json.loads(path.read_bytes())
-        for key, value in FIXED.items():
-            if h.get(key, value) != value:
+        if "n_ctx" in h:
+            h.setdefault("n_positions", h["n_ctx"])
+        if h.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same
+            h["activation_function"] = "gelu_new"
+        for key, value in (FIXED | {"n_inner": 4 * h["n_embd"]}).items():
+            if h.get(key) not in (None, value):
                 raise UserError(f"{key} is {h[key]!r}, another architecture: give one with {value!r}")
         generation = h.get("generation", [0] * h["n_layer"])
         if len(generation) != h["n_layer"]:
-            raise UserError(f"generation must hold one number for each of {h['n_layer']} layers")
+            raise UserError(f"generation is not for {h['n_layer']} layers: delete generation and versions")
         versions = tuple(h.get("versions", ()))
         if max(generation) not in versions:  # a file's network is finished: a version itself
             versions = (*versions, max(generation))
+        data.check_tokenizer(folder, h[vocab_size])
         sizes = h[vocab_size], h[block_size], h["n_head"], h["n_embd"]
-        return GPTConfig(*sizes, generation, versions=versions)
+        config = GPTConfig(*sizes, generation, versions=versions)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: {'it lacks ' if isinstance(e, KeyError) else ''}{e}") from e
+    if len(config.versions) > 1 and not written_here(folder / "model.safetensors"):
+        data.tell(f"{folder}: another program wrote the weights, so its last version stands alone")
+        config.versions = config.versions[-1:]
+    return config
+
+
+def written_here(path):
+    """Whether the header has a sha256: every other program drops it when it saves."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as f:
+        return b'"sha256"' in f.read(1 << 20)
 
 
 def fetch_gpt2(name):

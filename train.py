@@ -144,7 +144,8 @@ def parse(argv):
         choices = f.metadata["choices"]
         help = f"{'|'.join(choices or [])} {f.metadata['help']} [{f.default}]"
         more = {"nargs": "?", "const": "yes"} if f.name == "resume" else {}  # --resume alone means yes
-        p.add_argument(f"--{f.name}", type=f.type, choices=choices, metavar="", help=help, **more)
+        kind = os.path.expanduser if f.type is str else f.type  # a shell leaves the ~ of --out=~/run alone
+        p.add_argument(f"--{f.name}", type=kind, choices=choices, metavar="", help=help, **more)
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     typed, values = vars(p.parse_args(argv[len(words) :])), {}
     for word in words:
@@ -152,7 +153,8 @@ def parse(argv):
             p.error(f"no preset {word!r}: give {', '.join(PRESETS)}, then --option=value")
         values |= PRESETS[word]
     o = Options(**values | typed)
-    o.command = shlex.join(["python", "train.py", *argv])
+    again = re.sub(" --resume([ =](yes|no|auto))?(?= |$)", "", shlex.join(argv))
+    o.command = f"python train.py {again}".strip()  # that makes the run
     if not o.out:  # options that decide what is computed name the folder
         free = MAY_CHANGE - ({"max_steps"} if o.lr_schedule == "cosine" else set())
         differs = "".join(f"-{name}={value}" for name, value in typed.items() if name not in free)
@@ -365,10 +367,14 @@ def train(o):
 
     def note(number, frame):  # the loop stops in order; a second signal exits
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number in (signal.SIGINT, signal.SIGTERM):  # a closed terminal sends its signal twice
+            signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup asks
+        stops.append(signal.SIGHUP)  # a terminal closes
+    for number in stops:
+        signal.signal(number, note)
     for step in range(first, o.max_steps + 1):  # the last time it only measures and saves
         last = step == o.max_steps
         saves = last or step % o.save_every == 0
@@ -472,8 +478,8 @@ def train(o):
             )
 
     # ----- the end: base against grown on the test splits, export, tables -----
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in stops:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if stopped_by:
         print(f"stopped at step {step}, saved in {out}: --resume continues it")
         return 128 + stopped_by

@@ -345,20 +345,21 @@ def test_tables_end_with_where_things_are_and_how_to_go_on(run, capsys):
 
 
 def test_usage_of_the_model_card_runs(run, capsys):
-    """The snippet in the export's README, executed as it stands."""
+    """The snippet in the export's README, with the folder in which it lies."""
     card = (run / "model" / "README.md").read_text()
-    exec(card.split("```python\n")[1].split("```")[0], {})
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace('"FOLDER"', repr(str(run / "model"))), {})
     assert "def main" in capsys.readouterr().out
-    for section in (f"Summary of {run}", "Growths", "Options", "Usage", "Limits and licence"):
+    for section in (f"Summary of {run.name}", "Growths", "Made by", "Usage", "Limits and licence"):
         assert f"## {section}\n" in card
 
 
-def test_card_shows_the_options_of_the_last_start(run, tmp_path):
+def test_card_shows_the_command_of_the_last_start(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     start(run.parent, tmp_path / "run", resume="yes", log_every=7)
     for folder, value in ((run, "1"), (tmp_path / "run", "7")):
-        options = table((folder / "model" / "README.md").read_text(), "option")
-        assert [row["value"] for row in options if row["option"] == "--log_every"] == [value]
+        command = (folder / "model" / "README.md").read_text().split("## Made by\n")[1].splitlines()[0]
+        assert f" --log_every={value} " in command and "--resume" not in command
 
 
 def test_unfinished_runs(run, tmp_path):
