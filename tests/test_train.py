@@ -278,6 +278,17 @@ def test_float16_clips_and_logs_the_gradient_that_float32_has(text, tmp_path):
     assert all(b == pytest.approx(a, rel=0.05) for a, b in pairs)
 
 
+@pytest.mark.parametrize("init", ["copy", "fresh"])
+def test_a_run_inserts_what_block_init_says(text, tmp_path, init):
+    """After a step too small to move a float32: the block below, or another."""
+    growth = dict(first_growth=0, max_growths=1, grow_every=None, max_steps=1, lr=1e-12)
+    train.main(arguments(text, tmp_path / "run", block_init=init, **growth))
+    model = GPT.from_pretrained(tmp_path / "run" / "model")
+    at = model.config.generation.index(1)
+    below, block = (model.h[i].attn.c_attn.weight for i in (at - 1, at))
+    assert torch.equal(below, block) == (init == "copy")
+
+
 # ----- faults in training -----
 
 
