@@ -515,8 +515,6 @@ def arguments(argv):
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="float32")
     a = p.parse_args(argv)
     a.texts = a.dataset.split(",") if a.dataset else []
-    if a.dataset and Path(a.dataset).exists():  # a name with a comma in it
-        a.texts = [a.dataset]
     for text in a.texts:
         data.check_name(text)
     if min(a.temperature, a.top_k, a.block_size, a.windows) < 0:

@@ -77,20 +77,8 @@ def own_dynamo():
 BYTES = 257  # ids of the bytes tokenizer
 multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])  # see in_fork
 # A run of about a second on a tiny network: two growths in seven steps.
-TINY = dict(
-    block_size=16,
-    batch_size=4,
-    lr=1e-2,
-    max_steps=7,
-    grow_every=3,
-    max_growths=2,
-    eval_every=2,
-    log_every=1,
-    eval_windows=4,
-    test_windows=4,
-    device="cpu",
-    dtype="float32",
-)
+TINY = dict(block_size=16, batch_size=4, lr=1e-2, max_steps=7, grow_every=3, max_growths=2)
+TINY |= dict(eval_every=2, log_every=1, eval_windows=4, test_windows=4, device="cpu", dtype="float32")
 SCRATCH = dict(init="scratch", tokenizer="bytes", n_layer=2, n_head=2, n_embd=16)
 PLAIN = dict(max_growths=0, grow_every=None)  # an ordinary training run
 

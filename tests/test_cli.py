@@ -76,10 +76,8 @@ def refused(main, argv):
 MISUSED = [  # what argparse refuses, and the word that it must name
     (train.main, ["--max_steps=2", "demo"], "demo"),  # presets come first
     (train.main, ["card", "--lr=1e-3", "keep"], "keep"),
-    (train.main, ["--demo"], "--demo"),
     (train.main, ["demo", "--resume", "best"], "best"),  # taken for its value
     (train.main, ["--resume=maybe"], "auto"),
-    (train.main, ["--lr"], "--lr"),
     # would do nothing, or less than nothing
     (train.main, ["--kd_temperature=3"], "--kd_weight"),
     (train.main, ["--kd_on=retain"], "--kd_weight"),
@@ -91,9 +89,7 @@ MISUSED = [  # what argparse refuses, and the word that it must name
     (ev.main, [], "names"),
     (ev.main, ["gpt2", "--prom=x"], "--prom"),  # no abbreviations
     (ev.main, ["gpt2", "--dataset=docs", "--split=all"], "val"),
-    (ev.main, ["gpt2", "--dataset=docs", "--windows=ten"], "--windows"),
     (ev.main, ["gpt2", "--dataset=docs", "--windows=-1"], "--windows"),
-    (ev.main, ["gpt2", "--prompt=x", "--top_k=-1"], "--top_k"),
 ]
 
 

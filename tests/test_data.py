@@ -62,15 +62,6 @@ def test_debug_batch_of_llm_c():
     assert sha256(ids) == "f3cb1f678d40cf5a120662b12a20fdacc5bd2e08c13ebb230a93e9f6f82f1df4"
 
 
-@needs_tiktoken
-def test_gpt2_end_of_text_is_one_token():
-    """<|endoftext|> in a text is id 50256, and comes back as it was."""
-    text = f"{data.EOT}hello world{data.EOT}{data.EOT}naïve\n"
-    ids = data.encode(text).tolist()
-    assert ids[:3] == [50256, 31373, 995] and ids.count(50256) == 3
-    assert data.decode(ids) == text
-
-
 @pytest.mark.parametrize(
     "text", ["", "a", "naïve \N{SNOWMAN} \0\r\n", f"{data.EOT}a{data.EOT}", data.EOT * 3, "<|end"]
 )
@@ -166,8 +157,6 @@ def test_shortest_text_is_accepted(tmp_path):
 
 
 BAD_TEXTS = {  # what a user needs to know: what the file holds
-    "train split has 4 tokens": b"short",
-    "empty": b"",
     "val": b"x" * 300 + b"\ny",
     "UTF-8 at byte 3": b"caf\xe9\n" * 300,
 }
@@ -265,17 +254,6 @@ def test_webtext_trains_on_valid_and_measures_on_test(cache, monkeypatch):
 # ----- what a run writes -----
 
 
-def test_checkpoint_of_another_format_is_not_called_damaged(tmp_path):
-    """An older version's ckpt.pt is whole, and cannot be resumed."""
-    for value in ({"version": 2}, {"model": {}}, [1]):
-        torch.save(value, tmp_path / "ckpt.pt")
-        with pytest.raises(data.UserError, match="ckpt.pt is not of this program") as e:
-            data.load_checkpoint(tmp_path / "ckpt.pt")
-        assert "damaged" not in str(e.value)
-    with pytest.raises(FileNotFoundError):
-        data.load_checkpoint(tmp_path / "no.pt")
-
-
 def test_log_is_strict_json(tmp_path):
     """JSON has no NaN and no Infinity, and many programs refuse them: they never get into a log."""
     path, rows = tmp_path / "metrics.jsonl", [{"kind": "step", "loss": 1.5, "norm": None}]
@@ -293,7 +271,7 @@ def test_log_is_strict_json(tmp_path):
 
 
 def test_a_file_gets_its_name_once_it_is_on_the_disk(tmp_path, monkeypatch):
-    """All of it, or the file of before: whatever happens, and when the power goes."""
+    """All of it, or the file of before, when the power goes."""
     path, fsync, seen = tmp_path / "file", os.fsync, []
     path.write_bytes(b"before")
 
@@ -305,20 +283,6 @@ def test_a_file_gets_its_name_once_it_is_on_the_disk(tmp_path, monkeypatch):
     with data.replacing(path) as f:
         f.write(b"x" * 100)
     assert seen == [(100, b"before")] and path.read_bytes() == b"x" * 100
-    with pytest.raises(KeyError), data.replacing(path) as f:
-        f.write(b"y")
-        raise KeyError
-    assert path.read_bytes() == b"x" * 100
-
-
-@pytest.mark.skipif(data.fcntl is None, reason="no file locks on this system")
-def test_second_process_in_a_run_is_refused_until_the_first_is_gone(tmp_path):
-    """Two processes would interleave one log. The file that is left over locks nobody out."""
-    path = tmp_path / "run" / "lock"
-    for _ in range(2):
-        with data.lock(path, wait=False), pytest.raises(data.UserError, match="--out") as e:
-            data.lock(path, wait=False)
-        assert str(path.parent) in str(e.value)
 
 
 def no_locks(*args):
@@ -386,10 +350,10 @@ def test_last_window_needs_its_last_target():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("extra", [{}, {"replay": 0.25}, {"kd_weight": 1.0, "kd_on": "retain", "kd_rows": 4}])
-def test_ranks_together_see_the_batch_of_one(world, extra):
+def test_ranks_together_see_the_batch_of_one(world):
     """The rows of N ranks concatenated are the one-rank batch, in every micro-step, old text included."""
-    o = train.Options(batch_size=8, grad_accum=2, block_size=T, seed=3, **extra)
+    old = dict(replay=0.25, kd_weight=1.0, kd_on="retain", kd_rows=4)
+    o = train.Options(batch_size=8, grad_accum=2, block_size=T, seed=3, **old)
     texts = {"learn": {"train": TOKENS}, "retain": {"train": TOKENS + 2000}}
 
     def batches(step, rank, world):
@@ -404,7 +368,7 @@ def test_ranks_together_see_the_batch_of_one(world, extra):
             assert torch.equal(torch.cat([rank[i][1] for rank in ranks]), y)
             assert torch.equal(torch.cat([rank[i][0][:B] for rank in ranks]), x[:8])
             assert torch.equal(torch.cat([rank[i][0][B:] for rank in ranks]), x[8:])  # rows to distil on
-            assert torch.equal(x[:8] + 1, y) and len(x) == 8 + 4 * ("kd_rows" in extra)
+            assert torch.equal(x[:8] + 1, y) and len(x) == 8 + 4
         learned = torch.cat([y for _, y in one])
-        assert (learned > 2000).any(1).sum() == (4 if "replay" in extra else 0)  # a quarter of 16 rows
+        assert (learned > 2000).any(1).sum() == 4  # a quarter of 16 rows
         assert all((x[8:] >= 2000).all() for x, _ in one)

@@ -4,7 +4,6 @@ network reads."""
 import contextlib
 import hashlib
 import os
-import shutil
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import needs_tiktoken
 
 import data
 import model
@@ -279,17 +277,6 @@ def test_tokenizer_without_a_network(offline):
     name = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # tiktoken's, of vocab.bpe
     for words in (str(offline / "tiktoken"), name, f"{data.ENCODINGS}vocab.bpe"):
         assert words in str(e.value)
-
-
-@needs_tiktoken
-def test_tokenizer_with_files_put_by_hand(tmp_path, monkeypatch):
-    """The advice of that message must work: both files under their names, and no connection is made."""
-    for path in data.tokenizer_files().values():
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(socket, "socket", None)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    data._bpe.cache_clear()
-    assert data.encode("hello world").tolist() == [31373, 995]  # GPT-2's, as published
 
 
 def test_cache_folder_that_cannot_be_one(offline, monkeypatch):
