@@ -9,13 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Threads that spin while they wait for one that has no core slow a busy machine down tenfold and more. OpenMP
-# reads this when torch is imported.
+# One thread for each of the processes that share the tests, and for their children. OpenMP reads these when
+# torch is imported; train.py says why threads must not spin.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402
+import pytest
+import torch
+import torch._dynamo
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("GROWING_GPT_SHARED", ROOT.parent / "shared"))  # true data, if it is there
@@ -26,8 +27,8 @@ os.environ["GROWING_GPT_CACHE"] = tempfile.mkdtemp(prefix="growing-gpt-test-")  
 if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "data/tiktoken").exists():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "data/tiktoken")
 
-import data  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+import data
+from model import GPT, GPTConfig
 
 _bpe = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")) / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
 needs_tiktoken = pytest.mark.skipif(
@@ -54,6 +55,17 @@ def old_text(text):
     return str(path)
 
 
+def whole(path):
+    """What is read of a file or folder."""
+    files = [(file, 0, data.length(file)) for file in data.find_files(path)]
+    return "".join(data.pieces([part for part in files if part[2]]))
+
+
+def joined(parts):
+    """{split: text} of what a source returns."""
+    return {name: "".join(data.pieces(part)) for name, part in parts.items()}
+
+
 @pytest.fixture
 def text(tmp_path):
     return write_words(tmp_path)
@@ -64,11 +76,8 @@ def own_dynamo():
     """Each test starts without compiled graphs and leaves torch's settings as they were."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a tiny network is faster on one
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False, optimize_ddp=True):
         yield
-    torch.set_num_threads(threads)
     torch._dynamo.reset()
 
 
@@ -110,8 +119,8 @@ def tiny_gpt(generation=(0, 0), vocab_size=61, block_size=16, n_head=2, n_embd=8
 
 
 def program(name, *argv, cwd=None, env=None, **more):
-    """Start train.py or eval.py as a user would; returns the Popen. One thread: so runs agree bit for bit."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    """Start train.py or eval.py as a user would; returns the Popen."""
+    env = {**os.environ, **(env or {})}
     command = [sys.executable, str(ROOT / name), *map(str, argv)]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=cwd or ROOT, env=env, **{**streams, **more})

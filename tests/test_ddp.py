@@ -42,8 +42,7 @@ def arguments(folder, out, *words, **more):
 
 
 def be_quick():
-    """A tiny network is fastest on one thread. What is compiled is traced, and run without a compiler."""
-    torch.set_num_threads(1)
+    """What is compiled is traced, and run without a compiler."""
     torch.compile = functools.partial(torch.compile, backend="eager")
 
 
