@@ -1,19 +1,25 @@
 """Files, tokens and batches.
 
 A file from the network is believed only after its size and, where one is published, its sha256 agree. A
-checkpoint is written aside and renamed, so that one of them is always whole. A text is tokenised once, into a
-file named by the text's sha256. A batch is a pure function of (seed, step): a run that resumes has no reader
-position to restore, and N processes that each take their share of the rows see the batch of one."""
+checkpoint is written aside and renamed, so that one of them is always whole. A text is tokenised once, a
+megabyte at a time, into files that are mapped: it may be larger than memory. A batch is a pure function of
+(seed, step): a run that resumes has no reader position to restore, and N processes that each take their share
+of the rows see the batch of one."""
 
+import codecs
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
+import re
 import sys
 import sysconfig
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import requests
@@ -154,7 +160,7 @@ def sha256(arrays):
 
 # ----- What a run writes and reads again -----
 
-CHECKPOINT_VERSION = 5
+CHECKPOINT_VERSION = 6
 
 
 def save_checkpoint(path, value):
@@ -195,10 +201,10 @@ def write_jsonl(path, rows, mode):
 
 def read_jsonl(path):
     """The rows of a file with strict JSON on each line. Raises UserError that names the line."""
-    rows = []
+    rows, decoder = [], json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line, parse_constant=int))  # int("NaN") is a ValueError
+            rows.append(decoder.decode(line.decode()))
         except ValueError as e:
             torn = "; --resume mends what a kill tore" if Path(path).name == "metrics.jsonl" else ""
             raise UserError(f"{path}, line {number}: not JSON ({e}){torn}") from e
@@ -285,7 +291,7 @@ def decode(ids, vocab_size=GPT2):
     return b"".join(EOT.encode() if i == 256 else bytes([i]) for i in ids).decode("utf-8", "replace")
 
 
-# ----- Texts: each source is a function that returns {'train': text, 'val': text, 'test': text} -----
+# ----- Texts: {split: [(file, begin, end), ...]}, bytes of files. A .jsonl file is a document a row -----
 
 WIKITEXT_URLS = [
     "https://huggingface.co/datasets/ggml-org/ci/resolve/927b3642933080f1b0e811e2f916e14c292992f9/"
@@ -297,52 +303,53 @@ WEBTEXT_BYTES = {"valid": 13_622_302, "test": 13_478_245}  # OpenAI publishes no
 
 
 def wikitext2():
-    path = fetch(WIKITEXT_URLS, cache_dir() / "wikitext-2-raw-v1.zip", *WIKITEXT_ZIP)
-    names = {"train": "train", "val": "valid", "test": "test"}
-    with zipfile.ZipFile(path) as z:
-        return {split: z.read(f"wikitext-2-raw/wiki.{name}.raw").decode() for split, name in names.items()}
+    z = zipfile.ZipFile(fetch(WIKITEXT_URLS, cache_dir() / "wikitext-2-raw-v1.zip", *WIKITEXT_ZIP))
+    names = {"train": "wiki.train.raw", "val": "wiki.valid.raw", "test": "wiki.test.raw"}
+    files = {split: zipfile.Path(z, f"wikitext-2-raw/{name}") for split, name in names.items()}
+    return {split: [(file, 0, z.getinfo(file.at).file_size)] for split, file in files.items()}
 
 
 def webtext():
     """GPT-2's own held-out distribution: its validation set to train on, its test set to measure with."""
-    texts = []
+    parts = []
     for name, size in WEBTEXT_BYTES.items():
         file = f"webtext.{name}.jsonl"
-        path = fetch([f"{OPENAI}output-dataset/v1/{file}"], cache_dir() / file, size)
-        texts.append(EOT.join(read_text(path)))
-    return {"train": texts[0], "val": texts[1], "test": texts[1]}
+        parts.append([(fetch([f"{OPENAI}output-dataset/v1/{file}"], cache_dir() / file, size), 0, size)])
+    return {"train": parts[0], "val": parts[1], "test": parts[1]}
 
 
 def docs():
     """The documentation of the Python that runs this, as pydoc carries it."""
     from pydoc_data.topics import topics
 
-    return _split(_shuffled_pieces(topics[name] for name in sorted(topics)))
+    return _shuffled(topics[name] for name in sorted(topics))
 
 
 def code():
     """The top-level modules of the standard library of the Python that runs this."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return _split(_shuffled_pieces(path.read_text("utf-8", "replace") for path in files))
+    return _shuffled(path.read_text("utf-8", "replace") for path in files)
 
 
 def headers():
     """The headers of torch's C++ interface, which every install brings: about a megabyte."""
     folder = Path(torch.__file__).parent / "include/torch/csrc/api/include"
     files = sorted(folder.rglob("*.h"))
-    return _split(_shuffled_pieces(path.read_text("utf-8", "replace") for path in files))
+    return _shuffled(path.read_text("utf-8", "replace") for path in files)
 
 
-def _shuffled_pieces(texts, size=2000):
+def _shuffled(texts, size=2000):
     """Pieces of at least `size` characters, cut at line ends, in a fixed order that owes nothing to the
     alphabet: so train, val and test, and any prefix of them, are alike."""
     pieces = []
     for text in texts:
         while text:
             end = text.find("\n", size) + 1 or len(text)
-            pieces.append(text[:end])
+            pieces.append(text[:end].encode("utf-8", "replace"))
             text = text[end:]
-    return sorted(pieces, key=lambda piece: hashlib.sha256(piece.encode("utf-8", "replace")).digest())
+    raw = EOT.encode().join(sorted(pieces, key=lambda piece: hashlib.sha256(piece).digest()))
+    file = SimpleNamespace(open=lambda mode: io.BytesIO(raw), suffix=".txt")  # in memory
+    return split([(file, len(raw))])
 
 
 READ = (".txt", ".md", ".py", ".jsonl")  # of a folder; a file is read whatever its name
@@ -367,41 +374,82 @@ def find_files(name):
     return files
 
 
-def read_text(file):
-    """A file's documents: one, or those of a .jsonl file's rows."""
-    raw = file.read_bytes()
-    if b"\0" in raw:
-        raise UserError(f"{file} holds NUL bytes, as UTF-16 does: convert it to UTF-8 first")
-    if file.suffix.lower() == ".jsonl":
-        rows = read_jsonl(file)
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f'{file}, line {number}: every row must have a string "text"')
-        return [row["text"] for row in rows]
-    try:
-        text = raw.decode("utf-8-sig")  # without a byte order mark
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file} is not UTF-8 at byte {e.start}: convert it first") from e
-    return [text.replace("\r\n", "\n").replace("\r", "\n")]
+def split(files):
+    """90% train, 5% val, 5% test of the bytes of files [(file, size), ...], each cut behind a line."""
+    total, before = sum(size for _, size in files), 0
+    parts = {"train": [], "val": [], "test": []}
+    for file, size in files:
+        a, b = (line_end(file, size, total * share // 100 - before) for share in (90, 95))
+        for part, begin, end in (("train", 0, a), ("val", a, b), ("test", b, size)):
+            if begin < end:
+                parts[part].append((file, begin, end))
+        before += size
+    return parts
 
 
-def own_text(name):
-    texts = [text for file in find_files(name) for text in read_text(file) if text.strip()]
-    if not texts:
-        raise UserError(f"{name} is empty: give a text")
-    return _split(texts)
+def line_end(file, size, at, most=1 << 20):
+    """The first line end behind byte `at` of a file; if there is none within `most`, the next character."""
+    if not 0 <= at < size:
+        return min(max(at, 0), size)
+    with file.open("rb") as f:
+        f.seek(at)
+        rest = f.read(most)
+    inside = len(rest) - len(rest.lstrip(bytes(range(0x80, 0xC0))))  # bytes of a character that began before
+    return at + (rest.find(b"\n") + 1 or inside)
 
 
-def _split(texts):
-    """90% train, 5% val, 5% test of the joined texts, cut at line ends; if there is none, where a text ends,
-    and in a single line anywhere."""
-    text = EOT.join(texts)
+def documents(parts, size):
+    """The text of some parts, `size` bytes or a row at a time, with <|endoftext|> before each document."""
+    for file, begin, end in parts:
+        with file.open("rb") as f:
+            f.seek(begin)
+            if file.suffix.lower() == ".jsonl":
+                yield from (EOT + text for text in json_texts(f, file, end))
+            else:
+                yield EOT
+                yield from plain_text(f, file, end, size)
 
-    def cut(at):
-        return text.find("\n", at) + 1 or max(text.find(EOT, at - len(EOT)), 0) or at
 
-    a, b = cut(int(len(text) * 0.90)), cut(int(len(text) * 0.95))
-    return {"train": text[:a], "val": text[a:b], "test": text[b:]}
+def json_texts(f, file, end):
+    """The "text" of each row of an open file up to byte `end`."""
+    while f.tell() < end and (line := f.readline()):
+        try:
+            text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as e:
+            number = file.read_bytes()[: f.tell() - len(line)].count(b"\n") + 1
+            raise UserError(f'{file}, line {number}: every row must be JSON with a string "text"') from e
+        yield text
+
+
+def plain_text(f, file, end, size):
+    """The text of an open file up to byte `end`, `size` bytes at a time, without a byte order mark and with
+    the line ends of Unix; in a .raw file they stay."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=file.suffix != ".raw")
+    while raw := f.read(min(size, end - f.tell())):
+        if b"\0" in raw:
+            raise UserError(f"{file} holds NUL bytes, as UTF-16 does: convert it to UTF-8 first")
+        try:
+            yield decoder.decode(raw, f.tell() == end)
+        except UnicodeDecodeError as e:
+            at = f.tell() - len(e.object) + e.start
+            raise UserError(f"{file} is not UTF-8 at byte {at}: convert it first") from e
+
+
+def pieces(parts, size=1 << 20):
+    """The documents joined by <|endoftext|>, in strings of about `size` characters whose ids, one after the
+    other, are those of the whole: each is cut before a space or line end that follows something else, where
+    GPT-2's pattern ends a token whatever comes."""
+    rest = ""
+    for i, text in enumerate(documents(parts, size)):
+        rest += text if i else text.removeprefix(EOT)
+        cut = re.match(r".*\S(?=[ \n])", rest, re.DOTALL) if len(rest) >= size else None
+        if cut:
+            yield cut[0]
+            rest = rest[cut.end() :]
+    yield rest
 
 
 BUILT_IN = {"wikitext2": wikitext2, "webtext": webtext, "docs": docs, "code": code, "headers": headers}
@@ -416,31 +464,58 @@ def check_name(name):
 
 
 def load(name, vocab_size, block_size):
-    """{'train', 'val', 'test'} -> uint16 ids of the whole split, (N,); None for the name "none". Raises
-    UserError if the text is too short."""
+    """{'train', 'val', 'test'} -> uint16 ids of the whole split, (N,), mapped from a file; None for the name
+    "none". Raises UserError if the text is too short."""
     if name == "none":
         return None
-    texts = BUILT_IN[name]() if name in BUILT_IN else own_text(name)
-    tokens = {split: tokens_of(text, vocab_size) for split, text in texts.items()}
-    for split, need in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
-        if len(tokens[split]) < need:
+    parts = BUILT_IN[name]() if name in BUILT_IN else split([(f, length(f)) for f in find_files(name)])
+    paths = token_files(name, parts, vocab_size)
+    for part, need in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
+        count = length(paths[part]) // 2
+        if count < need:
             raise UserError(
-                f"{name} is too short: its {split} split has {len(tokens[split]):,} tokens and needs "
-                f"{need:,} or more at --block_size={block_size} (a text is split at line ends, 90/5/5)"
+                f"{name} is too short: its {part} split has {count:,} tokens and needs {need:,} or more at "
+                f"--block_size={block_size} (a text is split at line ends, 90/5/5)"
             )
-    return tokens
+    return {part: np.memmap(path, "<u2", "r") for part, path in paths.items()}
 
 
-def tokens_of(text, vocab_size):
-    """The ids of a text, (N,) uint16, from the file made of this very text earlier or made now. The file is
-    named by the tokenizer and the text's sha256, and is whole, for it gets its name last."""
-    source = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    path = cache_dir() / "tokens" / f"{tokenizer_name(vocab_size)}-{source}.uint16"
-    with lock(Path(f"{path}.lock")):
-        if not path.exists():
-            with replacing(path) as f:
-                f.write(encode(text, vocab_size).astype("<u2"))
-    return np.fromfile(path, "<u2")
+def token_files(name, parts, vocab_size):
+    """{split: path} of the files with the ids of a text's parts, made earlier or now. They are named by the
+    tokenizer and by the sha256 of the source, and are whole, for each gets its name last."""
+    source = text_sha256(parts)
+    folder = cache_dir() / "tokens" / f"{tokenizer_name(vocab_size)}-{source}"
+    paths = {part: folder / f"{part}.uint16" for part in parts}
+    with lock(folder / "lock"):
+        for part in [part for part in parts if not paths[part].exists()]:
+            began, size = time.perf_counter(), sum(end - begin for _, begin, end in parts[part])
+            with replacing(paths[part]) as f:
+                for piece in pieces(parts[part]):
+                    f.write(encode(piece, vocab_size).astype("<u2"))
+                    if time.perf_counter() - began > 2:
+                        done = f"{f.tell() / 2e6:.1f} million tokens of {size / 1e6:.0f} MB"
+                        print(f"{name}, {part}: {done}", end="\r", file=sys.stderr)
+                if text_sha256(parts) != source:
+                    raise UserError(f"{name} changed while it was read: start again")
+    return paths
+
+
+def text_sha256(parts):
+    """Of a text's bytes and of how they are split."""
+    digest = hashlib.sha256()
+    for part, ranges in parts.items():
+        for file, begin, end in ranges:
+            digest.update(f"{part} {file.suffix.lower()} {end - begin}\n".encode())
+            with file.open("rb") as f:
+                f.seek(begin)
+                while raw := f.read(min(1 << 20, end - f.tell())):
+                    digest.update(raw)
+    return digest.hexdigest()
+
+
+def source_sha256(text):
+    """Of the source of a text that `load` returned: the folder of its files is named by it."""
+    return Path(text["train"].filename).parent.name.split("-")[1]
 
 
 # ----- Batches -----

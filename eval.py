@@ -24,6 +24,10 @@ import sys
 import time
 from pathlib import Path
 
+# Threads that wait spin, and on a busy machine take the core from whom they wait for (tests/bench.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -130,17 +134,26 @@ def logits(model, hidden):
     return z
 
 
+LOGITS = 1 << 24  # a network's at a time, or a row: those of a batch of long windows would take gigabytes
+
+
 def token_losses(nets, x, y, kl):
     """Nats of each of K networks for targets y (B, T): (K, B, T). With `kl`, KL(last but one || last) of
     each token's distribution behind them: (K + 1, B, T)."""
-    rows, log_q = [], None
-    for net, hidden in zip(nets, grow.run_together(nets, x)):
+    rows = max(1, LOGITS // (x.size(1) * nets[-1].config.vocab_size))
+    hidden = [out.split(rows) for out in grow.run_together(nets, x)]  # of (rows, T, C)
+    return torch.cat([row_losses(nets, *part, kl) for part in zip(zip(*hidden), y.split(rows))], 1)
+
+
+def row_losses(nets, hidden, y, kl):
+    nats, log_q = [], None
+    for net, x in zip(nets, hidden):
         log_p, log_q = log_q, None  # the network before: nothing else stays in memory
-        log_q = F.log_softmax(logits(net, hidden), -1)  # (B, T, V)
-        rows.append(-log_q.gather(-1, y.clamp(min=0)[..., None])[..., 0])  # (B, T)
-    if kl:  # row by row: three more matrices at once would be the most that ever lives
-        rows.append(torch.stack([(p.exp() * (p - q)).sum(-1) for p, q in zip(log_p, log_q)]))
-    return torch.stack(rows)
+        log_q = F.log_softmax(logits(net, x), -1)  # (rows, T, V)
+        nats.append(-log_q.gather(-1, y.clamp(min=0)[..., None])[..., 0])  # (rows, T)
+    if kl:
+        nats.append((log_p - log_q).mul_(log_p.exp()).sum(-1))
+    return torch.stack(nats)
 
 
 @torch.no_grad()
@@ -450,36 +463,38 @@ def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0, 
     prompt = data.encode(prompt, vocab_size).tolist()
     torch.manual_seed(seed)
     ids = torch.tensor([prompt], device=nets[-1].wte.weight.device)
-    mixed = mixed_prediction(nets, share) if len(nets) > 1 else None
-    ids = nets[-1].generate(ids, max_new_tokens, temperature, top_k or None, next_logits=mixed)[0].tolist()
+    net = Mixture(nets, share) if len(nets) > 1 else nets[0]
+    ids = net.generate(ids, max_new_tokens, temperature, top_k or None)[0].tolist()
     return data.decode(prompt + [i for i in ids[len(prompt) :] if i != vocab_size - 1], vocab_size)
 
 
-def mixed_prediction(nets, share=0.0):
-    """For GPT.generate: a function from the ids so far (B, T) to log probabilities (B, V) of what comes next,
-    by K networks mixed. It remembers their weights, so each text needs a new one.
+class Mixture(torch.nn.Module):
+    """K networks that predict together, as one from which a text can be generated; each text needs a new one.
 
-    The weights move with each token of the prompt but the first, and with each that was chosen since. Where
+    Their weights move with each token of the prompt but the first, and with each that was chosen since. Where
     the context is full, its oldest token goes, and the weights stay."""
-    log_w = log_p = None  # (K, B), (K, B, V)
 
-    def next_logits(idx):
-        nonlocal log_w, log_p
-        window = idx[:, -nets[-1].config.block_size :]
-        outputs = list(zip(nets, grow.run_together(nets, window)))  # K of (B, T, C)
-        if log_p is None:
-            losses = [cross_entropy(logits(net, x[:, :-1]), window[:, 1:]) for net, x in outputs]
+    generate = GPT.generate
+
+    def __init__(self, nets, share=0.0):
+        super().__init__()
+        self.nets, self.config, self.share = torch.nn.ModuleList(nets), nets[-1].config, share
+        self.log_w = self.log_p = None  # (K, B), (K, B, V)
+
+    def predict(self, idx, cache):
+        """Log probabilities (B, V) of what follows idx (B, T), with the cache of grow.run_together."""
+        outputs = list(zip(self.nets, grow.run_together(self.nets, idx, cache=cache)))
+        if self.log_p is None:
+            losses = [cross_entropy(logits(net, x[:, :-1]), idx[:, 1:]) for net, x in outputs]
             losses = torch.stack(losses).cpu().double()  # (K, B, T - 1)
         else:
-            losses = -log_p.gather(-1, idx[:, -1:].cpu().expand(len(nets), -1, 1))  # (K, B, 1)
+            losses = -self.log_p.gather(-1, idx[:, -1:].cpu().expand(len(outputs), -1, 1))  # (K, B, 1)
         for loss in losses.unbind(-1):  # (K, B)
-            _, log_w = grow.mix_token(log_w, loss, share)
-        log_p = torch.stack([logits(net, x[:, -1]) for net, x in outputs]).cpu().double().log_softmax(-1)
-        if log_w is None:  # one token in the prompt: nobody has predicted anything yet
-            return torch.logsumexp(log_p, 0)
-        return torch.logsumexp(log_w[..., None] + log_p, 0)  # (B, V)
-
-    return next_logits
+            _, self.log_w = grow.mix_token(self.log_w, loss, self.share)
+        log_p = [logits(net, x[:, -1]) for net, x in outputs]  # of (B, V)
+        self.log_p = torch.stack(log_p).cpu().double().log_softmax(-1)
+        log_w = -math.log(len(outputs)) if self.log_w is None else self.log_w[..., None]
+        return torch.logsumexp(log_w + self.log_p, 0)
 
 
 # ----- Command line -----

@@ -12,6 +12,7 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
     mix(losses)                             # predicting with both, each as far as it has been right
 """
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -156,27 +157,38 @@ def scale_grown(model, alpha):
                 p *= alpha
 
 
-def shared_blocks(nets):
-    """How many blocks, from the bottom up, all networks have in common: these need computing only once."""
-    if any(net.wte is not nets[0].wte for net in nets):
-        return 0
-    for i, blocks in enumerate(zip(*(net.h for net in nets))):
-        if any(block is not blocks[0] for block in blocks):
-            return i
-    return min(len(net.h) for net in nets)
+def shared(a, b):
+    """What two networks have in common, from the bottom up: (the embedding, a block, ...), or nothing."""
+    pairs = zip((a.wte, *a.h), (b.wte, *b.h))
+    return tuple(x for x, y in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
-def run_together(nets, idx, first=0):
-    """Outputs (B, T, C) of the last block of each network, for ids (B, T). What they have in common from
-    below is computed once. All but the last run without gradient, and only on the rows from `first` on."""
-    fork, last = shared_blocks(nets), nets[-1]
-    below = last.run(last.embed(idx), stop=fork)  # (B, T, C)
-    outputs = []
-    with torch.no_grad():
-        for net in nets[:-1]:
-            x = below[first:].detach() if net.wte is last.wte else net.embed(idx[first:])  # (B - first, T, C)
-            outputs.append(net.run(x, start=fork))
-    return [*outputs, last.run(below, start=fork)]
+def run_together(nets, idx, first=0, cache=None):
+    """Outputs (B, T, C) of the last block of each network, for ids (B, T). What any of them have in common
+    from the bottom up is computed once.
+
+    All but the last network run without gradient, and only on the rows from `first` on. With a cache, a dict
+    {modules from the bottom up: [keys, values]}, idx has one new token or, if the cache is empty, is all new:
+    the outputs are those of the new tokens."""
+    forks = {shared(a, b) for a, b in itertools.combinations(nets, 2)}
+    seen = idx.size(1) - 1 if cache else 0
+    kept, outputs = {}, {}  # what comes out of each fork, for the networks that follow; and at the end
+    for net in [nets[-1], *nets[:-1]]:
+        path, is_last = (net.wte, *net.h), net is nets[-1]
+        start = max((n for n in range(1, len(path) + 1) if path[:n] in kept), default=0)
+        x = kept.get(path[:start])  # (B, T, C)
+        with torch.set_grad_enabled(is_last and torch.is_grad_enabled()):
+            for n in range(start + 1, len(path) + 1):
+                if n == 1:
+                    x = net.embed(idx[0 if is_last else first :, seen:], seen)
+                elif cache is None:
+                    x = path[n - 1](x)
+                else:
+                    x = path[n - 1](x, cache.setdefault(path[:n], []))
+                if path[:n] in forks:
+                    kept[path[:n]] = x[first:].detach() if is_last else x
+        outputs[net] = x
+    return [outputs[net] for net in nets]
 
 
 def mix(losses, share=0.0):
@@ -382,12 +394,12 @@ class Objective(nn.Module):
         """Of rows with targets y (B, T), or a teacher's last output (B, T, C), or both; else 0."""
         logits = self.model.head(hidden).float()  # (B, T, V)
         nll = kd = torch.zeros((), device=hidden.device)
-        if y is not None:
-            nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").mean()
-        if target is not None:
+        if target is not None:  # first, for it needs the most memory
             with torch.no_grad():
                 teacher_logits = self.teacher.head(target)  # (B, T, V)
             kd = distillation_loss(logits, teacher_logits, self.temperature)
+        if y is not None:
+            nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").mean()
         return nll, kd
 
 
@@ -421,6 +433,6 @@ def count_flops(objective, rows, distilled, T):
         row += matrices * (1 + block_trains) + 2 * attention
     flops = (rows + distilled) * row
     if teacher is not None:
-        above = teacher.config.n_layer - shared_blocks([model, teacher])
+        above = teacher.config.n_layer - max(len(shared(model, teacher)) - 1, 0)  # blocks of its own
         flops += (distilled or rows) * (above * (matrices + attention) + head)
     return flops

@@ -117,9 +117,9 @@ class GPT(nn.Module):
         position = torch.arange(start, start + idx.size(1), device=idx.device)
         return F.dropout(self.wte(idx) + self.wpe(position), self.config.dropout, self.training)
 
-    def run(self, x, start=0, stop=None):
-        """Pass x (B, T, C) through blocks start, ..., stop - 1."""
-        for block in list(self.h)[start:stop]:
+    def run(self, x):
+        """Pass x (B, T, C) through all blocks."""
+        for block in self.h:
             x = block(x)
         return x
 
@@ -137,24 +137,22 @@ class GPT(nn.Module):
         return logits, cross_entropy(logits, targets).sum() / (targets >= 0).sum()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, next_logits=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
 
         Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has ended
-        (with <|endoftext|>, the last id) repeats it. Contexts are cropped on the left to block_size.
-        `next_logits`, a function from ids (B, T) to logits (B, V), takes the place of the network's own."""
+        (with <|endoftext|>, the last id) repeats it. Contexts are cropped on the left to block_size."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
         eot = self.config.vocab_size - 1
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        cache, was_training = None, self.training
+        cache, was_training = {}, self.training
         self.eval()
         with torch.compiler.set_stance("force_eager"):  # every length is a new shape: do not compile for each
             for _ in range(max_new_tokens):
-                seen = idx.size(1)
-                if cache is None or seen > self.config.block_size:  # a cropped window moves every position
-                    cache = [[] for _ in self.h]
-                logits = next_logits(idx) if next_logits else self.predict(idx, cache)
+                if idx.size(1) > self.config.block_size:  # a cropped window moves every position
+                    cache = {}
+                logits = self.predict(idx[:, -self.config.block_size :], cache)  # (B, V)
                 chosen = sample(logits, temperature, top_k, generator).to(idx.device)  # (B, 1)
                 chosen = torch.where(done, eot, chosen)
                 idx = torch.cat([idx, chosen], 1)
@@ -165,12 +163,12 @@ class GPT(nn.Module):
         return idx
 
     def predict(self, idx, cache):
-        """Logits (B, V) of what follows idx (B, T). What the cache [[keys, values] of each block] holds of
-        idx is not computed again."""
-        seen = idx.size(1) - 1 if any(cache) else 0
-        x = self.embed(idx[:, seen:][:, -self.config.block_size :], start=seen)
-        for block, kv in zip(self.h, cache):
-            x = block(x, kv)
+        """Logits (B, V) of what follows idx (B, T). The cache, {block: [keys, values]}, holds what earlier
+        calls computed: of idx only the last token is new, or, if it is empty, all."""
+        seen = idx.size(1) - 1 if cache else 0
+        x = self.embed(idx[:, seen:], start=seen)
+        for block in self.h:
+            x = block(x, cache.setdefault(block, []))
         return self.head(x[:, -1]).float()
 
     @classmethod

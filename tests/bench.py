@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,9 +45,12 @@ TITLES = {
     "2": "the first step after a growth, in usual steps",
     "3": "distillation on the training batch, 15 blocks: teacher none, sharing the lower blocks, separate",
     "4": "full training at 1,024 tokens, by rows of a batch",
+    "5": "a text of 100 MB: by tiktoken alone, at the first start, at later ones; units are its MB",
     "6": "the whole card: first with cold kernels and without tokens, then with both",
-    "7": "the mixture of two versions by placement: 8 windows evaluated, 8 tokens sampled",
+    "7": "8 windows evaluated: one network, and two versions mixed, by placement",
+    "8": "8 tokens sampled behind a prompt: one network, and two versions mixed, by length of the prompt",
 }
+FEW = ("5", "6")  # rows of two rounds
 GROWTHS = 3
 TOKENS = np.random.default_rng(0).integers(0, 1001, 2_000_000).astype(np.uint16)
 ARGS = DEVICE = SHAPE = None  # set by `settle`
@@ -102,8 +106,8 @@ def take_turns(row, group, until, notes):
     process = lambda: ProcessPoolExecutor(1, context, settle, (ARGS, DEVICE, SHAPE))
     processes = {name: process() for name in builders} if own else {}
     found = {name: {"variant": name, "seconds": []} for name in builders}
-    for turn in range(2 if row == "6" else 1 + ARGS.rounds):  # the first compiles
-        repeat = 10 if turn and DEVICE.type == "cuda" and row != "6" else 1
+    for turn in range(2 if row in FEW else 1 + ARGS.rounds):  # the first compiles
+        repeat = 10 if turn and DEVICE.type == "cuda" and row not in FEW else 1
         for name, r in list(found.items()):
             if turn < 2 or time.perf_counter() < until:
                 try:
@@ -250,8 +254,9 @@ def whole_card():
         model, most = GPT(GPTConfig(data.BYTES, 64, 2, 32, (0,) * 2)), 100_000
         command += " --max_steps=4 --grow_every=1 --eval_windows=4 --test_windows=4 --block_size=32"
     command += f" --init={write_openai_checkpoint(folder / 'init', model)}"
-    for name, text, size in (("dataset", data.code(), 12_000_000), ("retain", data.docs(), 27_000_000)):
-        (folder / name).write_text((text["train"][:most] * 99)[: min(size, most)], "utf-8")
+    for name, source, size in (("dataset", data.code(), 12_000_000), ("retain", data.docs(), 27_000_000)):
+        text = "".join(data.pieces(source["train"]))[:most]
+        (folder / name).write_text((text * 99)[: min(size, most)], "utf-8")
         command += f" --{name}={folder}/{name}"
     more = {"GROWING_GPT_CACHE": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/kernels"}
     runs = itertools.count()
@@ -266,17 +271,34 @@ def whole_card():
     return step
 
 
-def mixture(n, mixed="", sampled=False):
-    """Row 7's: n windows or tokens by a finished network, mixed with the one before if told where it grew."""
+def long_text(way):
+    data.cache_dir = lambda: ARGS.folder
+    path, size = ARGS.folder / "long.txt", 100_000 if ARGS.quick else 100_000_000
+    if not path.exists():
+        text = "".join(data.pieces(data.code()["train"])).encode()
+        path.write_bytes((text * (size // len(text) + 1))[:size])
+
+    def step():
+        if way == "tiktoken":
+            return data._bpe().encode_to_numpy(path.read_text("utf-8"), disallowed_special=())
+        if way == "first":
+            shutil.rmtree(ARGS.folder / "tokens", ignore_errors=True)
+        return data.load(str(path), data.BYTES if ARGS.quick else data.GPT2, 128)
+
+    return step
+
+
+def mixture(n, mixed="", prompt=0):
+    """Windows evaluated, or tokens sampled behind a prompt, by a finished network, mixed with the one before
+    if told where it grew."""
     ev.keep_freed_memory()
     o, model = options(), grown_base(GROWTHS, mixed or "upper").to(DEVICE).eval()
     model.config.versions = (0, GROWTHS)
     nets = [grow.version(model, g) for g in model.config.versions[0 if mixed else 1 :]]
-    ids = torch.from_numpy(TOKENS[: o.block_size // 2].astype(np.int64))[None].to(DEVICE)  # (1, T)
-    predict = ev.mixed_prediction(nets) if mixed else None
+    ids = torch.from_numpy(TOKENS[:prompt].astype(np.int64))[None].to(DEVICE)  # (1, T)
     do = lambda: ev.measure(nets, TOKENS, o.block_size, o.batch_size, n)
-    if sampled:
-        do = lambda: model.generate(ids, n, 0.8, 50, next_logits=predict)
+    if prompt:
+        do = lambda: (ev.Mixture(nets) if mixed else model).generate(ids, n, 0.8, 50)
     return torch.no_grad()(o.autocast(do))
 
 
@@ -313,11 +335,18 @@ def groups(row):
         return found
     if row == "6":
         return [(1, {"python train.py": whole_card})]
+    if row == "5":
+        ways = ["first", "later"] if quick else ["tiktoken", "first", "later"]
+        return [(100, {way: P(long_text, way) for way in ways})]
     n = 4 if quick else 8  # windows or new tokens
-    places = {f"mixed evaluation {where}": P(mixture, n, where) for where in ("top", "upper", "spread")}
-    sample = P(mixture, n, sampled=True)
-    samplings = {"sampling cached": sample, "sampling mixed": P(sample, "upper")}
-    return [(n, {"evaluation": P(mixture, n), **places}), (n, samplings)]
+    if row == "7":
+        places = {f"mixed, {where}": P(mixture, n, where) for where in ("top", "upper", "spread")}
+        return [(n, {"one network": P(mixture, n), **places})]
+    found = []
+    for T in (16, 40) if quick else (120, 504, 1016):
+        ways = {f"{name}, {T}": P(mixture, n, mixed, T) for name, mixed in (("one", ""), ("mixed", "upper"))}
+        found.append((n, ways))
+    return found
 
 
 def measure(row, out):

@@ -5,7 +5,7 @@ import json
 import bench
 import pytest
 
-ROWS = ["1", "1d", "2", "3", "4", "6", "7"]
+ROWS = ["1", "1d", "2", "3", "4", "5", "6", "7", "8"]
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BYTES, ROOT, SHARED, needs_tiktoken
+from conftest import BYTES, ROOT, SHARED, joined, needs_tiktoken, whole
 
 import data
 import train
@@ -83,40 +85,76 @@ def test_what_no_tokenizer_knows():
 # ----- token files -----
 
 
-def test_a_text_is_tokenised_once(cache, monkeypatch):
+def file_of(text, folder):
+    path = folder / "file.txt"
+    path.write_text(text, "utf-8", newline="")
+    return {"train": [(path, 0, data.length(path))]}
+
+
+def ids_of(text, folder, vocab_size=BYTES):
+    path = data.token_files("a text", file_of(text, folder), vocab_size)["train"]
+    return np.fromfile(path, "<u2")
+
+
+def test_a_text_is_tokenised_once(tmp_path, monkeypatch):
     """Into a file named by the tokenizer and by the text itself, so that a changed text gets new tokens."""
     encode, seen = data.encode, []
     monkeypatch.setattr(data, "encode", lambda *args: seen.append(args) or encode(*args))
     for text in ("one", "two", "one", "two"):
-        ids = data.tokens_of(text, BYTES)
-        assert ids.dtype == np.uint16 and ids.tolist() == list(text.encode())
+        assert ids_of(text, tmp_path).tolist() == list(text.encode())
     assert seen == [("one", BYTES), ("two", BYTES)]
-    for text in ("one", "two"):
-        name = f"bytes-{hashlib.sha256(text.encode()).hexdigest()}"
-        assert any(path.name.startswith(name) for path in (cache / "tokens").iterdir())
 
 
 @needs_tiktoken
-def test_each_tokenizer_has_its_own_tokens():
-    assert data.tokens_of("hello world", BYTES).tolist() == list(b"hello world")
-    assert data.tokens_of("hello world", data.GPT2).tolist() == [31373, 995]
+def test_each_tokenizer_has_its_own_tokens(tmp_path):
+    assert ids_of("hello world", tmp_path).tolist() == list(b"hello world")
+    assert ids_of("hello world", tmp_path, data.GPT2).tolist() == [31373, 995]
 
 
-def test_old_and_unfinished_files_are_not_read_as_tokens(cache, monkeypatch):
-    """Earlier versions wrote 32 bytes before the ids; a process killed while it writes leaves half a file."""
-    name = f"bytes-{hashlib.sha256(b'text').hexdigest()}.bin"
-    ids = b"t\0e\0x\0t\0"
-    (cache / "tokens").mkdir()
-    (cache / "tokens" / name).write_bytes(hashlib.sha256(name.encode() + ids).digest() + ids)
+@pytest.mark.parametrize("fails", ["killed", "changed"])
+def test_unfinished_tokens_are_not_read(tmp_path, monkeypatch, fails):
+    """A process that is killed while it writes leaves half a file; a text that changes, another text's."""
 
-    def killed(*args):
-        raise KeyboardInterrupt
+    def act(*args):
+        if fails == "killed":
+            raise KeyboardInterrupt
+        (tmp_path / "file.txt").write_text("changed")
+        return np.zeros(4, np.uint16)
 
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(os, "fsync", killed)
-        data.tokens_of("other", BYTES)
-    for text in ("text", "other"):
-        assert data.tokens_of(text, BYTES).tolist() == list(text.encode())
+    with monkeypatch.context() as m, pytest.raises((KeyboardInterrupt, data.UserError)):
+        m.setattr(data, "encode", act)
+        ids_of("a text", tmp_path)
+    assert ids_of("a text", tmp_path).tolist() == list(b"a text")
+
+
+ALPHABET = [*"ab \n\t\r.'1é\N{SNOWMAN}\x1c\x85\u2028\u3000\u4e00", "  ", "\n\n", "n't", "'ll", data.EOT]
+
+
+@needs_tiktoken
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1 << 20])
+def test_ids_of_pieces_are_those_of_the_whole(tmp_path, size):
+    """Whatever the text and wherever it is cut: white space of every kind, contractions, end of text."""
+    rng = random.Random(size)
+    for _ in range(40):
+        text = "".join(rng.choices(ALPHABET, k=rng.randrange(200)))
+        text = text.replace("\r", "\n")  # these become line ends
+        cut = list(data.pieces(file_of(text, tmp_path)["train"], size))
+        assert "".join(cut) == text and (size > 9 or len(cut) > len(text) / 99)
+        for vocab_size in (BYTES, data.GPT2):
+            ids = np.concatenate([data.encode(piece, vocab_size) for piece in cut])
+            assert np.array_equal(ids, data.encode(text, vocab_size))
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    """The first start takes a few megabytes at a time, the second next to nothing: it decodes no byte."""
+    (tmp_path / "long.txt").write_text("a line of forty characters, more or less\n" * 500_000)  # 20 MB
+    for most in (12e6, 3e6):
+        tracemalloc.start()
+        tokens = data.load(str(tmp_path / "long.txt"), BYTES, 8)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < most and sum(map(len, tokens.values())) == 20_500_000
+        monkeypatch.setattr(data, "plain_text", None)
 
 
 # ----- texts -----
@@ -126,7 +164,7 @@ def test_own_text_is_split_at_lines(tmp_path):
     """90% train, 5% val, 5% test, each cut at the first line end after its share."""
     text = "".join(f"line {i} {'.' * (i % 7)}\n" for i in range(2000))
     (tmp_path / "mine.txt").write_bytes(text.encode())
-    splits = data.own_text(tmp_path / "mine.txt")
+    splits = joined(data.split([(tmp_path / "mine.txt", len(text))]))
     assert list(splits) == ["train", "val", "test"]
     assert "".join(splits.values()) == text
     assert all(part.endswith("\n") for part in splits.values())
@@ -141,8 +179,8 @@ def test_own_folder_is_read_in_the_order_of_its_paths(tmp_path):
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{name}\n")
-    whole = "".join(data.own_text(tmp_path / "mine").values())
-    assert whole == data.EOT.join(["B.txt\n", "a/b/c.py\n", "a/z.md\n", "b.txt\n", "folder.md/d.txt\n"])
+    texts = ["B.txt\n", "a/b/c.py\n", "a/z.md\n", "b.txt\n", "folder.md/d.txt\n"]
+    assert whole(tmp_path / "mine") == data.EOT.join(texts)
 
 
 def test_shortest_text_is_accepted(tmp_path):
@@ -190,7 +228,7 @@ def test_built_in_name_that_is_here_too(tmp_path, monkeypatch, capsys):
     assert "./docs" not in capsys.readouterr().err
     data.check_name("docs")
     assert "./docs" in capsys.readouterr().err
-    assert data.decode(data.load("docs", BYTES, 8)["test"], BYTES) == data.docs()["test"]
+    assert data.decode(data.load("docs", BYTES, 8)["test"], BYTES) == joined(data.docs())["test"]
     assert set(data.decode(data.load("./docs", BYTES, 8)["test"], BYTES)) == set("mine\n")
 
 
@@ -203,7 +241,7 @@ def test_embedded_texts_are_the_whole_text_in_any_order():
     headers = [path.read_text("utf-8", "replace") for path in interface.rglob("*.h")]
     read = {data.docs: topics.values(), data.code: modules, data.headers: headers}
     for source, texts in read.items():
-        splits = source()
+        splits = joined(source())
         sizes = np.array([len(text) for text in splits.values()])
         assert np.abs(sizes / sizes.sum() - [0.90, 0.05, 0.05]).max() < 0.01
         pieces = "".join(splits.values()).split(data.EOT)
@@ -221,11 +259,11 @@ def test_embedded_texts_are_the_whole_text_in_any_order():
 
 def test_embedded_texts_are_the_same_in_every_process():
     """A resumed run, and every rank, must see the same text: no order of sets, hashes or folders."""
-    digest = "hashlib.sha256(repr((data.docs(), data.code(), data.headers())).encode()).hexdigest()"
-    command = [sys.executable, "-c", f"import data, hashlib; print({digest})"]
+    digest = "[data.text_sha256(source()) for source in (data.docs, data.code, data.headers)]"
+    command = [sys.executable, "-c", f"import data; print({digest})"]
     env = os.environ | {"PYTHONHASHSEED": "1"}
     other = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert other.stdout.strip() == eval(digest), other.stderr
+    assert other.stdout.strip() == str(eval(digest)), other.stderr
 
 
 def test_wikitext_is_read_unchanged(cache, monkeypatch):
@@ -237,7 +275,7 @@ def test_wikitext_is_read_unchanged(cache, monkeypatch):
     raw = path.read_bytes()
     monkeypatch.setattr(data, "WIKITEXT_ZIP", (len(raw), hashlib.sha256(raw).hexdigest()))
     splits = {"train": "train", "val": "valid", "test": "test"}
-    assert data.wikitext2() == {split: f" \r\n = {name} = \n" for split, name in splits.items()}
+    assert joined(data.wikitext2()) == {split: f" \r\n = {name} = \n" for split, name in splits.items()}
     assert list(cache.iterdir()) == [path]
 
 
@@ -248,7 +286,7 @@ def test_webtext_trains_on_valid_and_measures_on_test(cache, monkeypatch):
         (cache / f"webtext.{split}.jsonl").write_text(lines, encoding="utf-8")
         monkeypatch.setitem(data.WEBTEXT_BYTES, split, len(lines.encode()))
     valid, test = f"a\u2028b{data.EOT}c", f"d{data.EOT}e"
-    assert data.webtext() == {"train": valid, "val": test, "test": test}
+    assert joined(data.webtext()) == {"train": valid, "val": test, "test": test}
 
 
 # ----- what a run writes -----

@@ -172,16 +172,29 @@ class LogitMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("versions", [2, 4])
-def test_a_comparison_holds_at_most_four_logit_matrices(versions):
-    """However many versions there are, and with their divergence."""
+def test_a_comparison_holds_at_most_the_logits_of_four_rows(monkeypatch, versions):
+    """However many versions and rows there are, and with their divergence."""
     B, T, V = 4, 16, 263  # nothing else has 263 columns
     torch.manual_seed(0)
     model = GPT(GPTConfig(V, T, 2, 8, tuple(range(versions)), versions=tuple(range(versions))))
     nets = [grow.version(model, g) for g in model.config.versions]
     tokens = torch.randint(V, (3 * B * T,)).numpy().astype(np.uint16)
+    expected = ev.measure(nets, tokens, T, B, kl=True)
+    monkeypatch.setattr(ev, "LOGITS", T * V)
     with LogitMemory(V, model.parameters()) as memory:
-        ev.measure(nets, tokens, T, B, kl=True)
-    assert 2 <= memory.peak / (B * T * V) <= 4
+        measured = ev.measure(nets, tokens, T, B, kl=True)
+    assert 2 <= memory.peak / (T * V) <= 4
+    assert [*measured["losses"], measured["kl"]] == pytest.approx([*expected["losses"], expected["kl"]])
+
+
+def test_a_step_that_distils_on_its_batch_holds_five_logit_tensors():
+    model = GPT(GPTConfig(263, 16, 2, 8, (0, 0)))
+    grow.insert_block(model, 2)
+    grow.freeze(model, "base")
+    x = torch.randint(263, (4, 16))
+    with LogitMemory(263, model.parameters()) as memory:
+        sum(grow.Objective(model, grow.original(model), 2.0)(x, x)).backward()
+    assert memory.peak == 5 * 4 * 16 * 263
 
 
 def test_matrix_precision_is_the_highest_around_the_head_only(monkeypatch):

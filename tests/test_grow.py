@@ -286,11 +286,11 @@ def test_frozen_blocks_below_save_nothing():
     assert saved_tensors(6) == saved_tensors(2) > 0
 
 
-def test_shared_blocks_are_counted_from_below():
+def test_what_is_shared_is_found_from_below():
     """Only what both have in common may be computed once."""
     model = small(4)
     own, teacher = copy.deepcopy(model), grow.original(model)
-    assert grow.shared_blocks([model, teacher]) == 4 and grow.shared_blocks([model, own]) == 0
+    assert grow.shared(model, teacher) == (model.wte, *model.h) and grow.shared(model, own) == ()
     for at in (4, 2, 0):  # above all, between two, below all
         grow.insert_block(model, at)
-        assert grow.shared_blocks([model, grow.original(model)]) == at
+        assert grow.shared(model, grow.original(model)) == (model.wte, *model.h[:at])

@@ -17,7 +17,7 @@ import time
 import conftest as c
 import pytest
 import torch
-from conftest import BYTES, PLAIN, SCRATCH, TINY, rows, tiny_gpt, typed, write_words
+from conftest import BYTES, PLAIN, SCRATCH, TINY, joined, rows, tiny_gpt, typed, whole, write_words
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel, pipeline
@@ -233,10 +233,6 @@ def test_a_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
 # ----- 3. Their own texts -----
 
 
-def whole(path):
-    return "".join(data.own_text(str(path)).values())
-
-
 def test_what_is_read_of_a_folder_is_said(tmp_path, capsys):
     """Suffixes in any case; what begins with a dot is left out; an empty file is no error; once."""
     folder = tmp_path / "mine"
@@ -258,10 +254,10 @@ TEXTS = {  # bytes of a file: the text that they are, or what is said of them
     "table.csv": (b"a,b\r\n1,2\r\n", "a,b\n1,2\n"),
     "utf16.txt": ("one\n".encode("utf-16-le"), ["NUL", "convert it to UTF-8"]),
     "marked.txt": ("one\n".encode("utf-16"), ["convert it"]),
-    "blank.txt": (b"\n \n", ["is empty"]),
     "other.jsonl": (b'{"text": "a"}\n{"content": "b"}\n', ["line 2", '"text"']),
     "list.jsonl": (b"[1]\n", ["line 1", '"text"']),
-    "torn.jsonl": (b'{"text": "a"}\n{"te', ["line 2", "not JSON"]),
+    "number.jsonl": (b'{"text": 1}\n', ["line 1", '"text"']),
+    "torn.jsonl": (b'{"text": "a"}\n{"te', ["line 2", "JSON"]),
 }
 
 
@@ -276,13 +272,16 @@ def test_texts_of_other_systems_are_the_same_text_or_told_what_they_are(tmp_path
     assert capsys.readouterr().err.count("plain text") == name.endswith(".csv")
 
 
-def test_a_text_of_one_line_is_split_by_length_and_documents_between_each_other(tmp_path):
-    (tmp_path / "line.txt").write_text("x" * 1000)
-    assert [len(part) for part in data.own_text(str(tmp_path / "line.txt")).values()] == [900, 50, 50]
-    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(200)))
-    splits = data.own_text(str(tmp_path / "d.jsonl"))
-    assert len("".join(splits.values()).split(data.EOT)) == 200
-    assert splits["val"].startswith(data.EOT) and splits["test"].startswith(data.EOT)
+def test_a_text_without_lines_is_split_by_length_and_rows_between_each_other(tmp_path):
+    for name, text in {"line.txt": "x" * 1000, "wide.txt": "é" * 505}.items():
+        (tmp_path / name).write_text(text, "utf-8")
+        splits = joined(data.split([(tmp_path / name, data.length(tmp_path / name))]))
+        assert "".join(splits.values()) == text
+        assert [round(len(part) / len(text), 2) for part in splits.values()] == [0.9, 0.05, 0.05]
+    path, texts = tmp_path / "d.jsonl", [f"document {i}" for i in range(200)]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    splits = joined(data.split([(path, data.length(path))]))
+    assert sum((part.split(data.EOT) for part in splits.values()), []) == texts
 
 
 def test_a_stdout_in_ascii_says_what_it_can(net, monkeypatch):
@@ -417,7 +416,7 @@ def test_exported_with_a_dynamic_length_or_cached_it_computes_the_same(net):
     model, ids = GPT.from_pretrained(net).eval(), torch.randint(BYTES, (1, 16))
     lengths = ({1: torch.export.Dim("length", min=2, max=16)},)
     exported = torch.export.export(model, (ids[:, :7],), dynamic_shapes=lengths).module()
-    cache = [[] for _ in model.h]
+    cache = {}
     for T in range(2, 17):
         with torch.no_grad():
             logits = model(ids[:, :T])[0]

@@ -190,9 +190,14 @@ def test_networks_that_share_blocks_run_together_as_alone(device):
         block.register_forward_hook(lambda block, *_: calls.append(block))
     for net, out in zip(nets, grow.run_together(nets, x)):
         assert torch.equal(net.head(out), net(x)[0])
-    calls.clear()
-    grow.run_together(nets, x)
-    assert len(calls) == 2 + (3 - 2) + (5 - 2) + (6 - 2)  # they part after two blocks
+    for at in (1, 4, 8):  # a tree: what any two have in common from below is computed once
+        for networks in (nets[1:], nets):
+            calls.clear()
+            grow.run_together(networks, x)
+            assert len(calls) == len({tuple(net.h)[: i + 1] for net in networks for i in range(len(net.h))})
+        grow.insert_block(model, at).register_forward_hook(lambda block, *_: calls.append(block))
+        model.config.versions = (*model.config.versions, max(model.config.generation))
+        nets = [grow.version(model, g) for g in model.config.versions]
     other = copy.deepcopy(nets[0])  # it shares nothing: it embeds for itself
     outputs = grow.run_together([other, model], x, first=1)
     assert torch.equal(outputs[0], other.run(other.embed(x[1:]))) and outputs[1].shape == (3, 16, 16)
@@ -479,6 +484,23 @@ def test_prompt_continues_with_the_mixture(here, exports, prompt, share, how, ca
     assert capsys.readouterr().out == text
     if prompt != "k":  # it tells the mixture from the last version
         assert text != continued_by_hand(exports[-1:], prompt.encode(), 24, share)
+
+
+@torch.no_grad()
+def test_text_from_a_mixture_passes_each_token_once_through_each_block():
+    """Until the context is full; and what is not computed again would be the same."""
+    model, passed, predicted = grown_twice(), [], []
+    nets = [grow.version(model, g) for g in model.config.versions]
+    for block in model.h:
+        block.register_forward_hook(lambda block, x, _: passed.append(x[0].size(1)))
+    mixture = ev.Mixture(nets)
+    predict = mixture.predict
+    mixture.predict = lambda *args: predicted.append((args[0], predict(*args))) or predicted[-1][1]
+    mixture.generate(some_ids()[:, :5], 14, temperature=0)
+    blocks = len({tuple(net.h)[: i + 1] for net in nets for i in range(len(net.h))})
+    assert sum(passed) == blocks * (5 + 11 + 2 * 16)  # the prompt, to 16 tokens, and two past them
+    for idx, log_p in predicted[:12]:
+        assert torch.allclose(log_p, ev.Mixture(nets).predict(idx, {}), atol=1e-5)
 
 
 def test_prompt_continues_with_one_version_on_request(here, capsys):
