@@ -3,7 +3,8 @@
     python eval.py out/demo                                      the result tables of a finished run
     python eval.py out/demo out/full --plot=frontier.png         one table for several runs, and a picture
     python eval.py out/demo --prompt "def main():"               sample from it
-    python eval.py out/demo --dataset=docs,code                  a matrix: each version, and all of them mixed
+    python eval.py out/demo --dataset=docs,code                  losses of each version, and of all mixed
+    python eval.py gpt2 TUNED --dataset=wikitext2                two models, and both mixed
     python eval.py out/demo --version=0 --out=out/before         write a version as an ordinary GPT-2
     python eval.py gpt2 --dataset=wikitext2 --block_size=1024    perplexity of any model
 
@@ -91,9 +92,9 @@ def keep_freed_memory():
 # ----- The one loss -----
 
 
-def protocol(split, context, device, dtype, share=None):
+def protocol(split, context, device, dtype, mixed=False):
     """What the figures beside it are, in one sentence. On CUDA, products of float32 matrices are in TF32."""
-    mixed = "" if share is None else f"; mixed with share {share:g}"
+    mixed = f"; mixed by Bayes with shares {', '.join(map(str, grow.SHARES))}" if mixed else ""
     tf32 = dtype == torch.float32 and device.type == "cuda" and torch.cuda.is_tf32_supported()
     blocks = "TF32" if tf32 else str(dtype).removeprefix("torch.")
     how = f"{split} split, context {context}, stride {context}, nats per token, mean by token"
@@ -157,10 +158,11 @@ def row_losses(nets, hidden, y, kl):
 
 
 @torch.no_grad()
-def measure(nets, tokens, block_size, batch_size=8, windows=0, share=0.0, kl=False):
+def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     """In one pass over the first `windows` windows (0: all) of tokens (N,), by the protocol above, a dict:
-    "windows": how many; "losses": of each network; "mixed": of several mixed (grow.mix), else None; "kl" if
-    asked for, else None: KL(last but one || last), how far the distribution moved, right or wrong.
+    "windows": how many; "losses": of each network; "mixed": of several mixed (grow.mix), else None; "worse":
+    on how many windows each, and last the mixture, is worse than the first network by more than a nat; "kl"
+    if asked for, else None: KL(last but one || last), how far the distribution moved, right or wrong.
 
     Ranks share the batches, and all get the whole result. Raises UserError if block_size exceeds a model's
     or there is nothing to predict."""
@@ -190,9 +192,11 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, share=0.0, kl=Fal
     nats = torch.cat([measured[first] for first in sorted(measured)], 1)[:, :windows]  # (K, windows, T)
     predicted = min(len(tokens), windows * block_size) - windows
     K = len(nets)
-    mean = [(one.sum(-1).sum() / predicted).item() for one in (*nats, grow.mix(nats[:K], share))]
-    mixed = mean[-1] if K > 1 else None
-    return {"windows": windows, "losses": mean[:K], "mixed": mixed, "kl": mean[K] if kl else None}
+    sums = torch.stack([*nats.sum(-1), grow.mix(nats[:K]).sum(-1)])  # (K + 1 or K + 2, windows)
+    mean = (sums.sum(-1) / predicted).tolist()
+    worse = (sums - sums[0] > 1).sum(-1).tolist()
+    found = {"windows": windows, "losses": mean[:K], "mixed": mean[-1] if K > 1 else None}
+    return found | {"worse": [*worse[:K], worse[-1]], "kl": mean[K] if kl else None}
 
 
 def evaluate(model, tokens, block_size=None, batch_size=8, windows=0):
@@ -206,11 +210,11 @@ def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
     nats per predicted token. All None where there are no tokens."""
     if tokens is None:
         return dict.fromkeys(("windows", "base", "grown", "mixed", "kl"))
-    earlier = [grow.version(grown, g) for g in grown.config.versions[:-2]]
-    m = measure([*earlier, base, grown], tokens, block_size, batch_size, windows, kl=True)
-    before, after = m["losses"][-2:]
-    mixed = m["mixed"] if len(grown.config.versions) > 1 else None
-    return {"windows": m["windows"], "base": before, "grown": after, "mixed": mixed, "kl": m["kl"]}
+    keeps = len(grown.config.versions) > 1
+    nets = grow.networks(grown) if keeps else [base, grown]
+    m = measure(nets, tokens, block_size, batch_size, windows, kl=True)
+    found = {"windows": m["windows"], "base": m["losses"][-2], "grown": m["losses"][-1]}
+    return found | {"mixed": m["mixed"] if keeps else None, "kl": m["kl"]}
 
 
 @torch.no_grad()
@@ -341,15 +345,6 @@ logit, bit for bit. Slope: nats per 1,000 steps. Gain: nats until the next growt
 that trained. Use: |block(x) - x| / |x|."""
 
 
-def texts_learned(init, retain):
-    """The texts on which the versions in a run's `init` ended, in order: as that run's log says, if there is
-    one, else the old text that was named."""
-    try:
-        return read_run(Path(init).parent, finished=True)["result"]["learned"]
-    except UserError:
-        return [] if retain == "none" else [retain]
-
-
 def tables(run):
     """A finished run in Markdown."""
     return f"## Summary of {Path(run['folder']).name}\n{comparison([run])}\n\n## Growths\n{growths(run)}"
@@ -364,7 +359,8 @@ The model: {folder}/model
 These tables again, and a picture: python eval.py {folder} --plot=run.png
 Text from the model: python eval.py {folder} --prompt='Once upon a time'"""
     if len(result["versions"]) > 1:
-        texts = shlex.quote(f"--dataset={','.join(result['learned'])}")
+        names = [result[key]["dataset"] for key in ("retain", "learn")]
+        texts = shlex.quote(f"--dataset={','.join(name for name in names if name != 'none')}")
         text += f"""
 Every version on every text: python eval.py {folder} {texts} --split=test
 One more text, and all is kept: --init={folder}/model --dataset=NEXT with a new --out
@@ -457,13 +453,13 @@ keeps its own licence.
 # ----- Samples -----
 
 
-def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0, share=0.0):
+def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0):
     """The prompt and its continuation, as text: by one network, or by several mixed."""
     vocab_size = nets[-1].config.vocab_size
     prompt = data.encode(prompt, vocab_size).tolist()
     torch.manual_seed(seed)
     ids = torch.tensor([prompt], device=nets[-1].wte.weight.device)
-    net = Mixture(nets, share) if len(nets) > 1 else nets[0]
+    net = Mixture(nets) if len(nets) > 1 else nets[0]
     ids = net.generate(ids, max_new_tokens, temperature, top_k or None)[0].tolist()
     return data.decode(prompt + [i for i in ids[len(prompt) :] if i != vocab_size - 1], vocab_size)
 
@@ -476,10 +472,11 @@ class Mixture(torch.nn.Module):
 
     generate = GPT.generate
 
-    def __init__(self, nets, share=0.0):
+    def __init__(self, nets):
         super().__init__()
-        self.nets, self.config, self.share = torch.nn.ModuleList(nets), nets[-1].config, share
-        self.log_w = self.log_p = None  # (K, B), (K, B, V)
+        self.nets = torch.nn.ModuleList(nets)
+        self.config = min((net.config for net in nets), key=lambda config: config.block_size)
+        self.log_w = self.log_p = None  # of each habit and network (S, K, B), of each network (K, B, V)
 
     def predict(self, idx, cache):
         """Log probabilities (B, V) of what follows idx (B, T), with the cache of grow.run_together."""
@@ -490,10 +487,12 @@ class Mixture(torch.nn.Module):
         else:
             losses = -self.log_p.gather(-1, idx[:, -1:].cpu().expand(len(outputs), -1, 1))  # (K, B, 1)
         for loss in losses.unbind(-1):  # (K, B)
-            _, self.log_w = grow.mix_token(self.log_w, loss, self.share)
+            _, self.log_w = grow.mix_token(self.log_w, loss)
         log_p = [logits(net, x[:, -1]) for net, x in outputs]  # of (B, V)
         self.log_p = torch.stack(log_p).cpu().double().log_softmax(-1)
-        log_w = -math.log(len(outputs)) if self.log_w is None else self.log_w[..., None]
+        if self.log_w is None:  # one token: nobody has predicted anything yet
+            return self.log_p.logsumexp(0)
+        log_w = self.log_w.logsumexp(0)[..., None]  # (K, B, 1)
         return torch.logsumexp(log_w + self.log_p, 0)
 
 
@@ -510,7 +509,7 @@ def parser(program, description, usage):
 def arguments(argv):
     p = parser("eval.py", __doc__, "NAME [NAME ...] [--option=value ...]")
     path = os.path.expanduser
-    p.add_argument("names", nargs="+", type=path, help="run folders, or one model: gpt2 ..., a folder")
+    p.add_argument("names", nargs="+", type=path, help="run folders, or models: gpt2 ..., a folder")
     p.add_argument("--plot", type=path, metavar="FILE.png", help="draw losses and frontier, by matplotlib")
     p.add_argument("--prompt", help="sample a continuation of this text")
     p.add_argument("--max_new_tokens", type=int, default=100)
@@ -523,7 +522,6 @@ def arguments(argv):
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
     p.add_argument("--version", type=int, help="this version of the model alone, as in its config.json")
-    p.add_argument("--share", type=float, default=0.0, help="of the mixture's weights, spread at each token")
     p.add_argument("--alpha", type=float, help="0 ... 1: between the last version but one and the last")
     p.add_argument("--out", type=path, help="write the version, or what --alpha makes of it, into a folder")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -539,30 +537,46 @@ def arguments(argv):
     return a
 
 
-def measure_texts(a, name, nets, block_size, device, dtype):
-    """A table of losses on the texts of --dataset: a row for each network, and one for all of them mixed."""
-    columns, windows = {}, []
+def measure_texts(a, nets, block_size, device, dtype):
+    """A table of losses on the texts of --dataset: a row for each of the networks {name: network}, and one
+    for all of them mixed."""
+    networks, found, windows = list(nets.values()), {}, []
     for text in a.texts:
-        tokens = data.load(text, nets[-1].config.vocab_size, 2)[a.split]
-        m = measure(nets, tokens, block_size, a.batch_size, a.windows, a.share)
-        columns[text] = [*m["losses"], m["mixed"]]
-        windows.append(f"{text}, {m['windows']:,} windows of {len(tokens):,} tokens")
-    labels = [str(net.config.versions[-1]) for net in nets]
-    if a.alpha is not None:
-        labels[0] += f", alpha {a.alpha:g}"
-    if len(nets) > 1:
-        labels.append("mixed")
+        tokens = data.load(text, networks[0].config.vocab_size, 2)[a.split]
+        found[text] = measure(networks, tokens, block_size, a.batch_size, a.windows)
+        windows.append(f"{text}, {found[text]['windows']:,} windows of {len(tokens):,} tokens")
     rows = []
-    for label, losses in zip(labels, zip(*columns.values())):
-        mean = sum(losses) / len(losses)
-        last = {"average": mean} if len(losses) > 1 else {"perplexity": np.exp(mean)}
-        rows.append({"version": label} | cells(".4f", dict(zip(columns, losses)) | last))
-    how = protocol(a.split, block_size, device, dtype, a.share if len(nets) > 1 else None)
-    print(f"{name} on {'; '.join(windows)}; {how}:\n\n{table(rows)}")
-    if 1 < len(nets) == len(columns):
-        earlier = list(enumerate(columns.values()))[:-1]  # version k ended on text k, if they are in order
-        last, mixed = (sum(c[row] - c[k] for k, c in earlier) / len(earlier) for row in (-2, -1))
-        print(f"\nBackward transfer, positive if forgotten: last version {last:+.4f}, mixed {mixed:+.4f}")
+    for i, label in enumerate([*nets, "mixed"] if len(nets) > 1 else nets):
+        losses = {text: [*m["losses"], m["mixed"]][i] for text, m in found.items()}
+        mean = sum(losses.values()) / len(losses)
+        losses |= {"average": mean} if len(losses) > 1 else {"perplexity": np.exp(mean)}
+        worse = {"worse": sum(m["worse"][i] for m in found.values())}
+        rows.append({"network": label} | cells(".4f", losses) | (worse if len(nets) > 1 else {}))
+    print(f"{'; '.join(windows)}; {protocol(a.split, block_size, device, dtype, len(nets) > 1)}:\n")
+    print(table(rows))
+    if len(nets) > 1:
+        print("\nworse: windows on which it is worse than the first network by more than a nat")
+
+
+def find_networks(a):
+    """({name: network} of all versions of all models that were named, the context to measure with)."""
+    nets, contexts = {}, []
+    for name in a.names:
+        folder = name
+        if Path(name, "metrics.jsonl").exists():  # a run: the network that it exported
+            run, folder = read_run(name, finished=True), f"{name}/model"
+            contexts.append(run["header"]["config"]["block_size"])
+        model = GPT.from_pretrained(folder).eval()
+        contexts.append(model.config.block_size)
+        versions = model.config.versions if a.version is None else [a.version]
+        for g in versions if a.alpha is None else versions[-1:]:
+            label = f"{name}, version {g}" if len(model.config.versions) > 1 else name
+            nets[label] = grow.version(model, g)
+            if a.alpha is not None:
+                grow.scale_grown(nets[label], a.alpha)
+    if len({net.config.vocab_size for net in nets.values()}) > 1:
+        raise UserError("these networks have different tokenizers: measure them one by one")
+    return nets, a.block_size or min(contexts)
 
 
 def main(argv):
@@ -574,28 +588,17 @@ def main(argv):
         print(report(runs[0]) if len(runs) == 1 else comparison(runs))
         return
     device, dtype = choose_machine(a.device, a.dtype)
-    for name in a.names:
-        folder, block_size = name, a.block_size
-        if Path(name, "metrics.jsonl").exists():  # a run: the network that it exported
-            run, folder = read_run(name, finished=True), f"{name}/model"
-            block_size = block_size or run["header"]["config"]["block_size"]
-        model = GPT.from_pretrained(folder).eval()
-        block_size = block_size or model.config.block_size
-        versions = model.config.versions if a.version is None else [a.version]
-        nets = [grow.version(model, g) for g in versions]
-        if a.alpha is not None:
-            grow.scale_grown(nets[-1], a.alpha)
-            nets = nets[-1:]
-        if a.out:
-            nets[-1].save_pretrained(a.out)
-            print(f"written: {Path(a.out).absolute()}")
-        for net in nets:
-            net.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if a.prompt is not None:
-                print(sample(nets, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed, a.share))
-            if a.texts:
-                measure_texts(a, name, nets, block_size, device, dtype)
+    nets, block_size = find_networks(a)
+    if a.out:
+        list(nets.values())[-1].save_pretrained(a.out)
+        print(f"written: {Path(a.out).absolute()}")
+    for net in nets.values():
+        net.to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        if a.prompt is not None:
+            print(sample(list(nets.values()), a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
+        if a.texts:
+            measure_texts(a, nets, block_size, device, dtype)
 
 
 class Output:

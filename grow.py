@@ -145,6 +145,12 @@ def original(model):
     return version(model, model.config.versions[-1])
 
 
+def networks(model):
+    """Every version that is still inside, the oldest first, and last the model as it is now."""
+    c = model.config
+    return [version(model, g) for g in sorted({*c.versions, max(c.generation)})]
+
+
 @torch.no_grad()
 def scale_grown(model, alpha):
     """Multiply the output projections of the last version's own blocks by `alpha`: 0 is the version before,
@@ -191,42 +197,41 @@ def run_together(nets, idx, first=0, cache=None):
     return [outputs[net] for net in nets]
 
 
-def mix(losses, share=0.0):
-    """Loss of predicting with K versions at once: nats per token (K, B, T) -> (B, T), float64 on the CPU.
+# The habits of the mixture: to believe for good, and to spread 5% of the weights anew after each token, which
+# follows a text that changes. Together they predict better than any one share, on old text and on new.
+SHARES = (0.0, 0.05)
 
-    The mixture says p = sum_k w_k p_k. Its weights start equal, and after each token become w_k p_k / p:
-    Bayes' rule. Losses are 0 where nothing is predicted, which may only be at the end of a window.
 
-    With L_k the sum of version k's losses, p multiplies up to P = sum_k exp(-L_k) / K over a window. That is
-    at least exp(-L_k) / K for every k, so the mixture's loss -ln P is at most L_k + ln K, whatever the text.
-    (Cesa-Bianchi and Lugosi, Prediction, Learning, and Games, 2006, chapter 9.)
+def mix(losses, shares=SHARES):
+    """Loss of predicting with K networks at once: nats per token (K, B, T) -> (B, T), float64 on the CPU.
+    Losses are 0 where nothing is predicted, which may only be at the end of a window.
 
-    A share > 0 of the weights is spread equally after each token, to follow a text that changes within a
-    window (Herbster and Warmuth, 1998). To stay with one version for T tokens then costs (T - 1) times
-    -ln(1 - share (1 - 1/K)), which is added to the bound."""
-    if not 0 <= share <= 1:
-        raise UserError(f"the share must be from 0 to 1, not {share}")
-    losses = losses.cpu().double()
-    if share == 0:  # all weights at once: w_k is exp(-L_k) of the tokens before, over the sum of these
-        before = F.pad(losses.cumsum(-1)[..., :-1], (1, 0))  # (K, B, T)
-        return -torch.logsumexp(torch.log_softmax(-before, 0) - losses, 0)
+    Each share is a habit, each pair of a habit and a network has a weight w, equal at the start of a window,
+    and the mixture says p = sum w p_k. After each token w becomes w p_k / p: Bayes' rule. Then each habit
+    spreads its share of its weights equally over the networks (Herbster and Warmuth, 1998).
+
+    Over a window p multiplies up to P. Of the pairs whose habit spreads nothing, the one with network k began
+    with 1 / (K len(shares)) and adds that times exp(-L_k), L_k the sum of k's losses. So P is at least that,
+    and -ln P at most L_k + ln(K len(shares)): for the best k, on any text, at any length. (Cesa-Bianchi and
+    Lugosi, Prediction, Learning, and Games, 2006, chapter 9.)"""
     log_w, mixed = None, []
-    for loss in losses.unbind(-1):  # (K, B)
-        nats, log_w = mix_token(log_w, loss, share)
+    for loss in losses.cpu().double().unbind(-1):  # (K, B)
+        nats, log_w = mix_token(log_w, loss, shares)
         mixed.append(nats)
     return torch.stack(mixed, -1)
 
 
-def mix_token(log_w, losses, share=0.0):
-    """One token of `mix`: log weights (K, B) or None, losses (K, B) -> loss (B,), the next log weights."""
+def mix_token(log_w, losses, shares=SHARES):
+    """One token of `mix`: log weights (S, K, B) of S habits, None at the start, and losses (K, B) -> the
+    mixture's loss (B,) and the next log weights."""
+    S, K = len(shares), len(losses)
     if log_w is None:
-        log_w = torch.full_like(losses, -math.log(len(losses)))
-    nats = -torch.logsumexp(log_w - losses, 0)
+        log_w = torch.full((S, *losses.shape), -math.log(S * K), dtype=torch.float64)
+    nats = -torch.logsumexp(log_w - losses, (0, 1))  # (B,)
     log_w = log_w - losses + nats  # Bayes
-    if share:
-        stay, spread = torch.tensor([1 - share, share / len(log_w)], dtype=torch.float64).log()
-        log_w = torch.logaddexp(log_w + stay, spread)
-    return nats, log_w
+    share = torch.tensor(shares, dtype=torch.float64)[:, None, None]
+    spread = log_w.logsumexp(1, keepdim=True) + (share / K).log()  # (S, 1, B)
+    return nats, torch.logaddexp(log_w + (1 - share).log(), spread)
 
 
 # ----- Triggers: is a growth due? Pure functions of what the log holds, so there is no state to save. -----
@@ -342,19 +347,28 @@ class EWC:
         return torch.stack(torch._foreach_norm(terms, 1)).sum() / 2  # none is negative: the norm is the sum
 
 
-def sample_dreams(model, rows, T, seed):
-    """Text that `model` samples itself, `rows` rows of T tokens, each from <|endoftext|> on: ids
-    (rows * T + 1,) uint16, the same on every process."""
-    device, end = model.wte.weight.device, model.config.vocab_size - 1
+def generate_text(model, count, seed):
+    """Text for generative replay (Shin et al., arXiv 1705.08690), sampled from `model` itself: ids (count,)
+    uint16, the same on every process, to be cut into windows as a text is.
+
+    It is some long streams, one behind the other, each of documents from <|endoftext|> on; where the context
+    is full, a stream goes on from its last half. If all windows began with <|endoftext|>, which those of a
+    text do not, a network would learn to tell them by it, and keep what it knew only behind it."""
+    context, end = model.config.block_size, model.config.vocab_size - 1
+    device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    ids = torch.full((rows, T), end, device=device)
-    B = max(32768 // T, 1)  # rows at a time: their keys and values must fit in memory
-    for first in range(0, rows, B):
-        sampled = model.generate(ids[first : first + B, :1], T - 1, generator=generator)
-        ids[first : first + B, : sampled.size(1)] = sampled  # shorter where all rows ended early
+    # At a time at most 32,768 tokens, whose keys and values must fit in memory, and eight contexts a stream.
+    streams = max(1, min(32768 // context, count // (8 * context)))
+    length = math.ceil(count / streams) | 1  # odd, so that the streams begin anywhere in a window
+    ids = torch.full((streams, 1), end, device=device)
+    while ids.size(1) < length:
+        recent = ids[:, -(context // 2) :]
+        new = model.generate(recent, context - recent.size(1), generator=generator, stop=False)
+        ids = torch.cat([ids[:, : -recent.size(1)], new], 1)
+    ids = ids[:, :length].flatten()[:count].contiguous()
     if dist.is_initialized():
         dist.broadcast(ids, 0)
-    return F.pad(ids.flatten(), (0, 1), value=end).to("cpu", torch.uint16)  # a token behind the last window
+    return ids.to("cpu", torch.uint16)
 
 
 def original_parameters(model):

@@ -137,11 +137,12 @@ class GPT(nn.Module):
         return logits, cross_entropy(logits, targets).sum() / (targets >= 0).sum()
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, stop=True):
         """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
 
         Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has ended
-        (with <|endoftext|>, the last id) repeats it. Contexts are cropped on the left to block_size."""
+        (with <|endoftext|>, the last id) repeats it or, without `stop`, goes on with another document.
+        Contexts are cropped on the left to block_size."""
         if idx.size(1) == 0:
             raise UserError("the prompt is empty: give at least one token")
         eot = self.config.vocab_size - 1
@@ -156,7 +157,8 @@ class GPT(nn.Module):
                 chosen = sample(logits, temperature, top_k, generator).to(idx.device)  # (B, 1)
                 chosen = torch.where(done, eot, chosen)
                 idx = torch.cat([idx, chosen], 1)
-                done |= chosen == eot
+                if stop:
+                    done |= chosen == eot
                 if done.all():
                     break
         self.train(was_training)

@@ -3,6 +3,7 @@
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
     python train.py demo            the same program on embedded text: no network, two minutes on a CPU
     python train.py keep            the card's task; the network it started from stays inside
+    python train.py generative      the same, and what grows learns to keep what that network generates
     python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
     torchrun --standalone --nproc_per_node=2 train.py demo      several processes, the same global batch
@@ -80,10 +81,10 @@ class Options:
     # keeping the old
     # With distillation a micro-step holds five tensors of logits, not three: 8 GB at 8 x 1,024 tokens.
     kd_weight: float = option(0.0, "weight of distillation from the pretrained network", least=0)
-    kd_temperature: float = option(2.0, "its temperature", least=0.01, needs="kd_weight")
-    kd_on: str = option("train", "its text", choices=["train", "retain", "dream"], needs="kd_weight")
-    kd_rows: int = option(4, "rows of old or dreamt text beside each batch", least=1, needs="kd_weight")
-    dreams: int = option(2048, "rows sampled once from the pretrained network", least=1, needs="kd_weight")
+    kd_temperature: float = option(1.0, "its temperature", least=0.01, needs="kd_weight")
+    kd_on: str = option("train", "its text", choices=["train", "retain", "generated"], needs="kd_weight")
+    kd_rows: int = option(4, "rows of old or generated text beside each batch", least=1, needs="kd_weight")
+    generated: int = option(2048, "rows of text the pretrained network generates", least=1, needs="kd_weight")
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", least=0)
     ewc_batches: int = option(32, "batches of 8 rows of old text for its Fisher", least=1, needs="ewc_lambda")
     replay: float = option(0.0, "fraction of each batch's rows drawn from the old text", least=0)
@@ -114,7 +115,7 @@ class Options:
 
     @property
     def distilled(self):
-        """Rows of old or dreamt text beside each micro-step's batch."""
+        """Rows of old or generated text beside each micro-step's batch."""
         return self.kd_rows if self.kd_weight and self.kd_on != "train" else 0
 
 
@@ -128,12 +129,13 @@ PRESETS = {
         weight_decay=0.1, eval_every=250, log_every=100, save_every=250, test_windows=64, dtype="float32",
     ),
     "demo": dict(
-        init=f"{PRETRAINED}/model", dataset="code", retain="docs", batch_size=16, max_steps=600, lr=3e-3,
-        first_growth=0, grow_every=150, max_growths=3, eval_every=50, log_every=25, save_every=150,
-        eval_windows=100, test_windows=400, dtype="float32",
+        init=f"{PRETRAINED}/model", dataset="code", retain="docs", batch_size=16, max_steps=500, lr=1e-2,
+        lr_schedule="cosine", first_growth=0, grow_every=50, where="spread", kd_weight=1.0,
+        kd_on="generated", eval_every=50, log_every=25, save_every=100, eval_windows=100, dtype="float32",
     ),
-    "keep": dict(first_growth=0),
-    "replay": dict(first_growth=0, replay=0.25),
+    "keep": dict(first_growth=0, where="spread"),
+    "replay": dict(first_growth=0, where="spread", replay=0.25),
+    "generative": dict(first_growth=0, where="spread", kd_weight=1.0, kd_on="generated"),
 }
 # fmt: on
 # What may differ on resuming and names no folder: at most the rounding of what is computed depends on it.
@@ -240,7 +242,7 @@ def find_checkpoint(o):
     return state
 
 
-def micro_batches(o, texts, dreams, step, device, rank=0, world=1):
+def micro_batches(o, texts, generated, step, device, rank=0, world=1):
     """This rank's (inputs, targets) of each micro-step: a pure function of (seed, step)."""
     rows, T = o.batch_size * o.grad_accum, o.block_size
     replayed = round(o.replay * rows)
@@ -251,7 +253,7 @@ def micro_batches(o, texts, dreams, step, device, rank=0, world=1):
     # (grad_accum, rows of a rank, T) each; contiguous, as pinned memory must be
     x, y = (t.view(o.grad_accum, world, -1, T)[:, rank].contiguous() for t in (x, y))
     if o.distilled:  # rows to be distilled on follow those to be learned
-        source = dreams.numpy() if o.kd_on == "dream" else texts["retain"]["train"]
+        source = generated.numpy() if o.kd_on == "generated" else texts["retain"]["train"]
         extra, _ = data.batch(source, T, o.distilled * o.grad_accum, step, o.seed + 2)
         x = torch.cat([x, extra.view(o.grad_accum, world, -1, T)[:, rank]], 1)
     return list(zip(data.to_device(x, device), data.to_device(y, device)))
@@ -287,7 +289,7 @@ def train(o):
     header["tokens"] = {key: {k: len(ids) for k, ids in (text or {}).items()} for key, text in texts.items()}
     header["sha256"] = {key: text and data.source_sha256(text) for key, text in texts.items()}
     if state is None:
-        state = dict(step=0, flops=0, seconds=0.0, train_seconds=0.0, optimizer={}, scaler={}, dreams=None)
+        state = dict(step=0, flops=0, seconds=0.0, train_seconds=0.0, optimizer={}, scaler={}, generated=None)
         state |= dict(log=[header], model=base.state_dict(), model_config=asdict(base.config))
     first, flops, log = state["step"], state["flops"], state["log"]
     for key, what in {"init_sha256": o.init, "sha256": "a text"}.items():
@@ -306,15 +308,16 @@ def train(o):
         model = GPT(GPTConfig(**state["model_config"]))
     model.to_empty(device=device).load_state_dict(state["model"])  # a copy
     rows, T = o.batch_size * o.grad_accum, o.block_size  # of a step, over all processes
-    ewc, dreams = None, state["dreams"]
+    ewc, generated = None, state["generated"]
     if o.ewc_lambda:
         batches = (data.batch(texts["retain"]["train"], T, 8, i, o.seed)[0] for i in range(o.ewc_batches))
         ewc = grow.EWC(base, (x.to(device) for x in batches), torch.Generator(device).manual_seed(o.seed))
-    if o.kd_weight and o.kd_on == "dream" and dreams is None:
-        dreams = grow.sample_dreams(base, o.dreams, T, o.seed)
+    if o.kd_weight and o.kd_on == "generated" and generated is None:
+        generated = grow.generate_text(base, o.generated * T + 1, o.seed)
     base.requires_grad_(False)
     if o.originals_never_train:
         base = grow.original(model)  # it stays inside the network that grows: no second copy
+    keeps = o.originals_never_train and o.init != "scratch"  # random weights are nothing to keep
     if events or o.freeze.startswith("top"):
         grow.freeze(model, o.freeze)
 
@@ -352,12 +355,14 @@ def train(o):
         return {"parameters": parameters, "trainable": trainable, "flops": flops, "tokens": step * rows * T}
 
     def validate():
-        """Loss of each text on its validation split, in nats per token."""
-        with autocast:
-            return {
-                key: text and ev.evaluate(model, text["val"], T, o.batch_size, o.eval_windows)
-                for key, text in texts.items()
-            }
+        """Loss of each text on its validation split, in nats per token: of the network, and, if it keeps the
+        versions before it, of all of them mixed."""
+        losses, nets = {}, grow.networks(model) if keeps else [model]
+        for key, text in texts.items():
+            with autocast:
+                m = text and ev.measure(nets, text["val"], T, o.batch_size, o.eval_windows)
+            losses |= {key: m and m["losses"][-1], f"{key}_mixed": m and m["mixed"]}
+        return losses
 
     print(f"{o.command} (all options are in {out}/metrics.jsonl)")
     print(f"{header['machine']}; {header['layers']} layers, {header['parameters']:,} parameters")
@@ -365,6 +370,9 @@ def train(o):
         print("the pretrained network trains, and is not kept; --first_growth=0 --freeze=base keeps it")
     if o.max_growths and o.starts_growing >= o.max_steps:
         print(f"no growth will happen: the first is due at step {o.starts_growing} of {o.max_steps}")
+    uses = o.max_steps * o.grad_accum * o.distilled
+    if o.kd_on == "generated" and uses > 1.5 * o.generated:
+        print(f"{o.generated} generated rows are used {uses} times: --generated={uses} uses each once")
     if first:
         print(f"resumed at step {first} with {model.config.n_layer} layers")
 
@@ -392,9 +400,10 @@ def train(o):
 
         # --- measure, unless a run that was stopped here has done it
         if measures and not (evals and evals[-1]["step"] == step):
-            evals.append(record("eval", step=step, **validate()))
-            words = ", ".join(f"{key} {evals[-1][key]:.4f}" for key, text in texts.items() if text)
-            print(f"step {step}/{o.max_steps} validation: {words}")
+            found = validate()
+            evals.append(record("eval", step=step, **found))
+            words = [f"{key.replace('_', ' ')} {loss:.4f}" for key, loss in found.items() if loss is not None]
+            print(f"step {step}/{o.max_steps} validation: {', '.join(words)}")
 
         # --- grow, and prove that it changed nothing: logits are bitwise what they were
         if measures and grow.is_due(o, step, evals, events):
@@ -416,7 +425,8 @@ def train(o):
             optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, optimizer)
             ddp = DistributedDataParallel(objective) if world > 1 else objective
             event |= {"layers_after": model.config.n_layer, "generation": max(model.config.generation)}
-            event |= {f"{key}_after": loss for key, loss in validate().items()} | sizes()
+            after = validate()
+            event |= {f"{key}_after": after[key] for key in texts} | sizes()
             event["parameters_added"] = event["parameters"] - (events[-1] if events else header)["parameters"]
             events.append(record("event", **event))
             added = f"+{event['parameters_added']:,} parameters at index {at}"
@@ -432,7 +442,7 @@ def train(o):
             need(scaler.is_enabled() or losses.isfinite().all(), not_finite)
         if (saves or stopped_by) and rank == 0:
             data.save_checkpoint(out / "ckpt.pt", {
-                "step": step, "flops": flops, "log": json.dumps(log), "dreams": dreams,
+                "step": step, "flops": flops, "log": json.dumps(log), "generated": generated,
                 "model": model.state_dict(), "model_config": asdict(model.config),
                 "optimizer": grow.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
                 "train_seconds": pause - clock, "seconds": time.perf_counter() - began,
@@ -449,7 +459,7 @@ def train(o):
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = torch.zeros(4, device=device)  # next token, distillation, EWC, gradient norm
-        for i, (x, y) in enumerate(micro_batches(o, texts, dreams, step, device, rank, world)):
+        for i, (x, y) in enumerate(micro_batches(o, texts, generated, step, device, rank, world)):
             last_micro_step = i == o.grad_accum - 1
             ddp.require_backward_grad_sync = last_micro_step  # only then do ranks average their gradients
             with autocast:
@@ -494,18 +504,15 @@ def train(o):
     if data.sha256(p.detach().cpu().numpy() for p in base.parameters()) != header["init_sha256"]:
         raise RuntimeError("the network before the run changed, and it must not")
     # From here on the network is finished: a version itself, beside those that are in it as they were.
-    learned, versions = [o.dataset], (max(model.config.generation),)
-    if o.originals_never_train and o.init != "scratch":  # random weights are nothing to keep
-        learned = [*ev.texts_learned(o.init, o.retain), *learned]
-        versions = (*model.config.versions, *versions)
+    versions = (*(model.config.versions if keeps else ()), max(model.config.generation))
     model.config.versions = versions
-    result = {"layers": model.config.n_layer, "versions": versions, "learned": learned, **sizes()}
+    result = {"layers": model.config.n_layer, "versions": versions, **sizes()}
     with autocast:
         for key, text in texts.items():
             losses = ev.compare(base, model, text and text["test"], T, o.batch_size, o.test_windows)
             result[key] = {"dataset": names[key], **losses}
         result["block_use"] = ev.block_use(model, texts["learn"]["test"], T)
-    result["protocol"] = ev.protocol("test", T, device, dtype, share=0.0 if len(versions) > 1 else None)
+    result["protocol"] = ev.protocol("test", T, device, dtype, mixed=keeps)
     result["best"] = min(e["learn"] for e in evals)
     result |= {"train_seconds": pause - clock, "seconds": time.perf_counter() - began}
     run = ev.by_kind(out, [*log, {"kind": "result", **result}])

@@ -113,8 +113,10 @@ def run(method, o):
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for step in range(o.max_steps + 1):
             if step % o.eval_every == 0 or step == o.max_steps:
-                found = {key: ev.evaluate(model, text["val"], o.block_size, o.batch_size, o.eval_windows)
-                         for key, text in texts.items()}  # fmt: skip
+                found = {}
+                for key, text in texts.items():
+                    loss = ev.evaluate(model, text["val"], o.block_size, o.batch_size, o.eval_windows)
+                    found |= {key: loss, f"{key}_mixed": None}
                 evals.append({"kind": "eval", "step": step, **found})
                 print(evals[-1], flush=True)
             if step == o.max_steps:
@@ -141,7 +143,7 @@ def run(method, o):
         model.save_pretrained(out / "model")
     header = {"kind": "header", "command": " ".join(["python", *sys.argv]), "config": asdict(o)}
     size = sum(p.numel() for p in base.parameters()) + (trainable if method != "full" else 0)
-    result |= {"kind": "result", "versions": [0], "learned": [o.dataset], "trainable": trainable,
+    result |= {"kind": "result", "versions": [0], "trainable": trainable,
                "flops": flops, "parameters": size, "tokens": o.max_steps * o.batch_size * o.block_size,
                "seconds": time.perf_counter() - began}  # fmt: skip
     data.write_jsonl(out / "metrics.jsonl", [header, *evals, result], "w")

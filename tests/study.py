@@ -53,13 +53,16 @@ CURES = {  # two strengths of each
     "KD on new text, 1": "--kd_weight=1",
     "KD on old text, 0.25": "--kd_weight=0.25 --kd_on=retain",
     "KD on old text, 1": "--kd_weight=1 --kd_on=retain",
-    "KD on dreams, 1": "--kd_weight=1 --kd_on=dream",
-    "KD on dreams, 4": "--kd_weight=4 --kd_on=dream",
+    "generative replay, 1": "--kd_weight=1 --kd_on=generated",
+    "generative replay, 4": "--kd_weight=4 --kd_on=generated",
     "replay 1/16": "--replay=0.0625",
     "replay 1/4": "--replay=0.25",
     "EWC 10": "--ewc_lambda=10",
     "EWC 300": "--ewc_lambda=300",
 }
+
+
+PLAIN = "--lr=3e-3 --lr_schedule=constant --where=upper --kd_weight=0".split()  # what no arm says
 
 
 class Scale(NamedTuple):
@@ -114,7 +117,7 @@ def jobs_of(out, scale, seeds):
             program, words = ["train.py"], f"{options} {scale.words}".split()
             if words[0] in controls.METHODS:
                 program = ["tests/controls.py", words.pop(0)]
-            words = [*program, "demo", *words, f"--init={start}/model", f"--seed={seed}"]
+            words = [*program, "demo", *PLAIN, *words, f"--init={start}/model", f"--seed={seed}"]
             jobs.append(Job(arm_path(out, base, arm, seed), words, start))
     return jobs
 

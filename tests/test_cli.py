@@ -123,7 +123,7 @@ ACCEPTED = [
     # 0.28 of 50 rows is 14, though 0.28 * 50 is 14.000000000000002 in floating point
     dict(replay=0.28, batch_size=25, grad_accum=2),
     dict(replay=0.7, batch_size=5, grad_accum=2),
-    dict(kd_weight=1, kd_on="dream", kd_rows=2, dreams=8, kd_temperature=3),
+    dict(kd_weight=1, kd_on="generated", kd_rows=2, generated=8, kd_temperature=3),
     dict(ewc_lambda=1, ewc_batches=2),
     dict(max_growths=0, grow_every=3),  # one of a sweep over max_growths
 ]

@@ -56,15 +56,19 @@ def log_probabilities(ours, idx):
 def test_figures_are_those_of_transformers(count, windows):
     """Loss of each network, of all mixed, and the KL divergence of the last two, in nats per token.
 
-    In a window the mixture gives its tokens together the mean of the probabilities that the networks give
-    them (Bayes, from equal weights)."""
+    The mixture gives the tokens of a window the mean of two probabilities: the mean of those that the
+    networks give them (Bayes, from equal weights), and that of a hidden Markov model whose state, the
+    network, is drawn anew with probability 5% after each token."""
     nets = [network(seed) for seed in range(count)]
     nats, mixed, kl, predicted = torch.zeros(count).double(), 0.0, 0.0, 0
     for window in windows_of(TOKENS, 16)[: windows or None]:
         each = torch.cat([log_probabilities(net, window)[:, :-1] for net in nets])  # (K, T - 1, V)
         of_window = each.gather(-1, window[:, 1:, None].expand(count, -1, 1)).sum((1, 2))  # (K,)
         nats -= of_window
-        mixed -= of_window.exp().mean().log().item()
+        state = torch.full((count,), 1 / count).double()
+        for p in each.gather(-1, window[:, 1:, None].expand(count, -1, 1))[..., 0].exp().unbind(-1):  # (K,)
+            state = 0.95 * state * p + 0.05 * (state * p).sum() / count
+        mixed -= ((of_window.exp().mean() + state.sum()) / 2).log().item()
         predicted += window.size(1) - 1
         if count > 1:
             p, q = (torch.distributions.Categorical(logits=log_p) for log_p in each[-2:])

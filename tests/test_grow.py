@@ -5,12 +5,21 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_gpt
 
 import grow
+from model import GPT, GPTConfig
+
+
+def die(context):
+    """Says each of five ids with the same probability, whatever came before."""
+    model = GPT(GPTConfig(5, context, 1, 2, (0,)))
+    model.wte.weight.data.zero_()
+    return model
 
 
 def small(depth=3, **more):
@@ -247,29 +256,32 @@ def test_ewc_penalty():
     assert measured.keys() == {n for n, _ in control.named_parameters() if n.startswith("h.2.")}
 
 
-# ----- Dreams, and what is computed once -----
+# ----- Generated text, and what is computed once -----
 
 
-def test_dreams_are_a_function_of_their_seed():
-    """Of nothing else. They are sampled some thousands of tokens at a time, and each time others."""
-    model, dreams = small(1), []
+def test_generated_text_is_a_function_of_its_seed():
+    model, texts = small(1), []
     for generator, seed in ((1, 0), (2, 0), (1, 7)):
         torch.manual_seed(generator)
-        dreams.append(grow.sample_dreams(model, 8192, 8, seed))
-    first, again, other = dreams
-    assert first.shape == (8192 * 8 + 1,) and first.dtype == torch.uint16 and first.device.type == "cpu"
+        texts.append(grow.generate_text(model, 8193, seed))
+    first, again, other = texts
+    assert first.shape == (8193,) and first.dtype == torch.uint16 and first.device.type == "cpu"
     assert torch.equal(first, again) and not torch.equal(first, other)
-    rows = first[:-1].view(8192, 8).int()
-    assert (rows[:, 0] == 16).all() and first[-1].item() == 16  # <|endoftext|> is the last of 17 ids
-    assert not torch.equal(rows[:4096], rows[4096:])
 
 
-def test_a_dream_that_ends_is_filled_up_with_its_end():
-    model = small()
-    model.ln_f.weight.data.zero_()
-    model.ln_f.bias.data.copy_(torch.eye(8)[0])  # so that the logit of an id is its embedding's first number
-    model.wte.weight.data[:, 0] = torch.eye(17)[16] * 100
-    assert (grow.sample_dreams(model, 5, 8, 0).int() == 16).all()
+@pytest.mark.parametrize("T, context", [(64, 64), (16, 64), (8, 1024)])  # as long as a window, longer
+def test_windows_of_generated_text_are_as_those_of_a_text(T, context):
+    """A network that ends a document after each token with probability 1/5, whose text is known: documents
+    begin as often, and anywhere in a window; a window begins with any token; nothing is filled up."""
+    model, text = die(context), np.random.default_rng(0).choice(5, 8000 * T)
+    ids = grow.generate_text(model, 8000 * T + 1, 0).numpy()[:-1]
+    for windows in (ids.reshape(-1, T), text.reshape(-1, T)):
+        n = len(windows)
+        for token in range(5):
+            found = (windows == token).sum(0)  # at each place of a window
+            assert np.abs(found - n / 5).max() < 5 * (n * 0.16) ** 0.5
+        ends = (windows == 4).sum(1)
+        assert abs(ends.var() - T * 0.16) < 0.1 * T * 0.16 and abs(ends.mean() - T / 5) < 0.03 * T / 5
 
 
 def saved_tensors(depth):

@@ -399,7 +399,7 @@ def test_generate_in_a_batch_is_generate_row_by_row():
 
 
 def test_more_likeliest_ids_than_there_are_is_all_and_nonsense_is_refused():
-    """(test_tables.py throws dice for temperature, top_k and seed, test_reference.py checks dreams.)"""
+    """(test_tables.py throws dice for temperature, top_k and seed.)"""
     ours, idx = tiny_gpt(), torch.zeros(1, 1, dtype=torch.long)
     one, other = (ours.generate(idx, 9, 1.0, k, torch.Generator().manual_seed(1)) for k in (None, 1000))
     assert torch.equal(one, other)

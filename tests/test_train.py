@@ -68,9 +68,9 @@ def without_clock_and_folder(out):
 
 
 def assert_same_run(one, two):
-    """Bitwise: weights, optimizer, scaler, dreams, every number of the log, and the export."""
+    """Bitwise: weights, optimizer, scaler, generated text, every number of the log, and the export."""
     states = [checkpoint(out) for out in (one, two)]
-    for key in ("step", "model", "model_config", "optimizer", "scaler", "dreams", "flops"):
+    for key in ("step", "model", "model_config", "optimizer", "scaler", "generated", "flops"):
         torch.testing.assert_close(*(state[key] for state in states), rtol=0, atol=0)
     assert without_clock_and_folder(one) == without_clock_and_folder(two)
     exports = [(Path(out) / "model/model.safetensors").read_bytes() for out in (one, two)]
@@ -78,13 +78,13 @@ def assert_same_run(one, two):
 
 
 KEEPING = dict(freeze="none", ewc_lambda=10.0, ewc_batches=2, replay=0.5)
-DREAMING = dict(kd_weight=1.0, kd_on="dream", dreams=8, kd_rows=2)
+GENERATED = dict(kd_weight=1.0, kd_on="generated", generated=8, kd_rows=2)
 VARIANTS = {
     "schedule": {},
     "distilled from step 0": dict(first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2),
     "plateau": dict(trigger="plateau", grow_every=None, patience=2, min_delta=NEVER, freeze="older"),
     "EWC, replay, dropout, fresh blocks": KEEPING | dict(dropout=0.1, block_init="fresh"),
-    "dreams, separate teacher, cosine": DREAMING | dict(lr_schedule="cosine", warmup_steps=2),
+    "generated text, separate teacher, cosine": GENERATED | dict(lr_schedule="cosine", warmup_steps=2),
     "accumulation, bfloat16": dict(grad_accum=2, batch_size=2, dtype="bfloat16"),
     "scaler, topN": dict(dtype="float16", freeze="top1"),
 }
@@ -92,8 +92,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stopped_run_ends_bitwise_equal(text, tmp_path, monkeypatch, variant):
-    """Stopped by a signal before a growth, after it, and between two; resumed each time. What was dreamt
-    comes from the checkpoint: another machine would dream something else."""
+    """Stopped by a signal before a growth, after it, and between two; resumed each time. What was
+    generated comes from the checkpoint: another machine would generate something else."""
     train.main(arguments(text, tmp_path / "whole", **VARIANTS[variant]))
     assert len(steps_of(tmp_path / "whole", "event")) == 2
     again = arguments(text, tmp_path / "parts", resume="auto", **VARIANTS[variant])
@@ -104,7 +104,7 @@ def test_a_stopped_run_ends_bitwise_equal(text, tmp_path, monkeypatch, variant):
         assert stopped.value.code == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # it means what it meant before
         assert checkpoint(tmp_path / "parts")["step"] == step + 1
-        monkeypatch.setattr(GPT, "generate", lambda *args, **more: pytest.fail("it dreams again"))
+        monkeypatch.setattr(GPT, "generate", lambda *args, **more: pytest.fail("it generates again"))
     train.main(again)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -172,11 +172,22 @@ def test_checkpoint_and_log_are_written_as_the_run_goes(text, tmp_path, monkeypa
         assert without_clock_and_folder(out) == whole
 
 
+def on_validation(monkeypatch, change):
+    """Replace the loss of a network without versions, whenever a run measures it, by change(loss)."""
+    measure = ev.measure
+
+    def changed(nets, *args, **more):
+        found = measure(nets, *args, **more)
+        return found if more else found | {"losses": [change(found["losses"][0])]}
+
+    monkeypatch.setattr(ev, "measure", changed)
+
+
 def test_the_clock_counts_training_and_goes_on_after_a_stop(text, tmp_path, monkeypatch):
     """On a clock where a step takes 10 s, an evaluation 1,000 s, and a night lies between stop and resume."""
-    out, now, evaluate, stops = tmp_path / "run", [0.0], ev.evaluate, stop(8)
+    out, now, stops = tmp_path / "run", [0.0], stop(8)
     on_step(monkeypatch, lambda step: now.append(now[-1] + 10) or stops(step))
-    monkeypatch.setattr(ev, "evaluate", lambda *args: now.append(now[-1] + 1000) or evaluate(*args))
+    on_validation(monkeypatch, lambda loss: now.append(now[-1] + 1000) or loss)
     monkeypatch.setattr(time, "perf_counter", lambda: now[-1])
     # Stopped at step 9: no log line, evaluation or growth is due there.
     options = dict(max_steps=12, log_every=3, grow_every=4, save_every=100)
@@ -249,7 +260,7 @@ def test_a_plateau_does_not_see_what_an_old_end_measured(text, tmp_path, monkeyp
     """A loss that dips at step 6 is seen by the run that ended there alone: prolonged, it forgets it."""
     now, plateau = [0], dict(trigger="plateau", grow_every=None, patience=5, min_delta=0.1, max_growths=1)
     on_step(monkeypatch, lambda step: now.__setitem__(0, step + 1))
-    monkeypatch.setattr(ev, "evaluate", lambda *args: 1.0 if now[0] == 6 else 5.0)
+    on_validation(monkeypatch, lambda loss: 1.0 if now[0] == 6 else 5.0)
     for steps, words in ((6, []), (14, ["--resume"])):
         train.main(arguments(text, tmp_path / "run", *words, max_steps=steps, eval_every=4, **plateau))
     assert steps_of(tmp_path / "run", "eval") == [0, 4, 6, 8, 12, 14]
@@ -315,7 +326,7 @@ def test_nothing_that_is_no_number_gets_into_a_checkpoint(text, tmp_path, monkey
 def test_a_validation_loss_that_is_not_finite_stops_the_run(text, tmp_path, monkeypatch):
     """The step's own loss may be finite while the weights that it leaves are not."""
     losses = iter([4.0, 4.0, float("nan"), 4.0])  # of two texts, at steps 0 and 2
-    monkeypatch.setattr(ev, "evaluate", lambda *args: next(losses))
+    on_validation(monkeypatch, lambda loss: next(losses))
     with pytest.raises(UserError, match="not finite"):
         train.main(arguments(text, tmp_path / "run"))
     assert steps_of(tmp_path / "run", "eval") == [0]
