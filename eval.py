@@ -15,7 +15,6 @@ compute in the precision that stands beside the figures, final norm, head and lo
 
 import argparse
 import ctypes
-import itertools
 import json
 import math
 import os
@@ -284,31 +283,34 @@ def table(rows):
 
 
 def comparison(runs):
-    """Base against grown: a row for each text that a run measured, and below it what each run cost."""
-    rows = []
-    for name, run in itertools.product(("learn", "retain"), runs):
-        text = run["result"][name]
-        base, grown, mixed = text["base"], text["grown"], text["mixed"]
-        if base is None:
-            continue
-        row = {"text": f"{name}: {Path(text['dataset']).name}", "run": Path(run["folder"]).name}
-        row |= cells(".4f", {"loss base": base, "loss grown": grown, "loss mixed": mixed})
-        gain = None if mixed is None else mixed - base
-        row |= cells("+.4f", {"change": grown - base, "change mixed": gain})
-        row |= cells(".4f", {"KL(base, grown)": text["kl"]})
-        row |= cells(".2f", {"ppl base": np.exp(base), "ppl grown": np.exp(grown)})
-        rows.append(row | cells(",", {"windows": text["windows"]}))
-    lines = sorted({run["result"]["protocol"] for run in runs})
+    """Losses before the runs and after them, alone and mixed, a row each; below them what each run cost."""
+    heads = {}
+    for key, words in (("learn", "new text"), ("retain", "old text")):
+        names = {Path(run["result"][key]["dataset"]).name for run in runs} - {"none"}
+        if names:
+            heads[key] = f"{words}: {names.pop()}" if len(names) == 1 else words
+    same_start = len({run["header"]["init_sha256"] for run in runs}) == 1
+    rows, lines = [], sorted({run["result"]["protocol"] for run in runs})
     for run in runs:
-        start, end = run["header"], run["result"]
-        forgot = cells("+.4f", {"alone": forgetting(end), "mixed": forgetting(end, "mixed")})
+        name, start, end = Path(run["folder"]).name, run["header"], run["result"]
+        before = "before" if same_start else f"before {name}"
+        for label, predictor in ((before, "base"), (f"{name} alone", "grown"), (f"{name} mixed", "mixed")):
+            losses = {head: end[key][predictor] for key, head in heads.items()}
+            row = {"nats per token": label} | cells(".4f", losses)
+            if set(losses.values()) != {None} and row not in rows:
+                rows.append(row)
+        new = end["learn"]
         lines.append(
-            f"{Path(run['folder']).name}: {start['layers']} -> {end['layers']} layers, "
-            f"{start['parameters']:,} -> {end['parameters']:,} parameters, {end['trainable']:,} trainable at "
-            f"the end; {end['tokens']:,} tokens, {end['flops'] / 1e12:,.2f} TFLOP; {end['seconds']:.0f} s in "
-            f"all, {end['train_seconds']:.0f} s of them training; forgetting {forgot['alone']} alone, "
-            f"{forgot['mixed']} mixed"
+            f"{name}: {start['layers']} -> {end['layers']} layers, {start['parameters']:,} -> "
+            f"{end['parameters']:,} parameters, {end['trainable']:,} of them trained at the end; "
+            f"{end['tokens']:,} tokens, {end['flops'] / 1e12:,.2f} TFLOP; {end['seconds']:.0f} s in all, "
+            f"{end['train_seconds']:.0f} s of them training. Perplexity of the new text "
+            f"{np.exp(new['base']):,.2f} -> {np.exp(new['grown']):,.2f}, KL(before, alone) {new['kl']:.4f}."
         )
+        if end["retain"]["base"] is not None:
+            forgot = cells("+.4f", {"alone": forgetting(end), "mixed": forgetting(end, "mixed")})
+            mixed = "" if forgot["mixed"] == "-" else f", {forgot['mixed']} mixed"
+            lines.append(f"Above 0 the old text is forgotten: {name} {forgot['alone']} alone{mixed}.")
     return "\n".join([table(rows), "", *lines])
 
 
@@ -351,20 +353,23 @@ def tables(run):
 
 
 def report(run):
-    """What is printed of a finished run: its tables, and what can be done with it."""
-    folder, result = shlex.quote(run["folder"]), run["result"]
-    text = f"""{tables(run)}
+    """What is printed at the end of a run: what came of it, and what can be done with it."""
+    folder, end = shlex.quote(run["folder"]), run["result"]
+    if not run["event"] and end["retain"]["base"] is None:  # nothing to compare: one line
+        losses = f"test loss {end['learn']['base']:.4f} -> {end['learn']['grown']:.4f}"
+        return f"{end['learn']['dataset']}: {losses}; the network is in {folder}/model"
+    text = f"""{comparison([run])}
 
-The model: {folder}/model
-These tables again, and a picture: python eval.py {folder} --plot=run.png
-Text from the model: python eval.py {folder} --prompt='Once upon a time'"""
-    if len(result["versions"]) > 1:
-        names = [result[key]["dataset"] for key in ("retain", "learn")]
+The network: {folder}/model
+The growths one by one, and a picture: python eval.py {folder} --plot=run.png
+Text from it: python eval.py {folder} --prompt='Once upon a time'"""
+    if len(end["versions"]) > 1:
+        names = [end[key]["dataset"] for key in ("retain", "learn")]
         texts = shlex.quote(f"--dataset={','.join(name for name in names if name != 'none')}")
         text += f"""
 Every version on every text: python eval.py {folder} {texts} --split=test
 One more text, and all is kept: --init={folder}/model --dataset=NEXT with a new --out
-transformers loads the last of the versions {result["versions"]} alone; this program mixes them."""
+transformers loads the last of the versions {end["versions"]} alone; this program mixes them."""
     return text
 
 
@@ -372,30 +377,45 @@ transformers loads the last of the versions {result["versions"]} alone; this pro
 
 
 def plot(runs, path):
-    """Losses over steps with the growths marked, and the frontier: forgetting against the new text's loss."""
+    """The new and the old text's loss over steps, alone and mixed, with the growths marked; and the frontier:
+    forgetting against the new text's loss."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError("a plot needs matplotlib: pip install matplotlib") from e
-    figure = Figure(figsize=(14, 5.5), layout="constrained")
-    curves, frontier = figure.subplots(1, 2)
-    curves.set(xlabel="step", ylabel="validation loss", title="learn (solid), retain (dashed), growths")
-    frontier.set(xlabel="learn: test loss", ylabel="retain: forgetting", title="lower left is better")
+    figure = Figure(figsize=(17, 5), layout="constrained")
+    new, old, frontier = figure.subplots(1, 3)
+    new.set(title="new text, dots: growths", xlabel="step", ylabel="validation loss, nats per token")
+    old.set(title="old text", xlabel="step")
+    frontier.set(title="on the test splits; lower left is better", xlabel="new text: loss")
+    frontier.set(ylabel="old text: forgetting", ylim=(-0.1, 0.1))
+    for axis, key in ((new, "learn"), (old, "retain")):
+        ends = []  # (loss, step, name, color) where a line ends
+        for i, run in enumerate(runs):
+            name = Path(run["folder"]).name
+            for which, style, label in ((key, "-", name), (f"{key}_mixed", "--", f"{name}, mixed")):
+                points = [(e["step"], e[which]) for e in run["eval"] if e.get(which) is not None]
+                if points:
+                    axis.plot(*zip(*points), style, color=f"C{i}")
+                    ends.append((points[-1][1], points[-1][0], label, f"C{i}"))
+            for e in run["event"]:
+                axis.plot(e["step"], e[f"{key}_after"], "o", color=f"C{i}")
+        axis.set_xlim(right=1.35 * axis.get_xlim()[1])  # room for the names
+        low, high = axis.get_ylim()
+        at = low
+        for loss, step, label, color in sorted(ends):
+            at = max(loss, at + 0.05 * (high - low))  # no name on another
+            axis.annotate(f" {label}", (step, at), color=color, va="center")
     for i, run in enumerate(runs):
-        name, color, r = Path(run["folder"]).name, f"C{i}", run["result"]
-        steps, new, old = zip(*((e["step"], e["learn"], e["retain"]) for e in run["eval"]))
-        curves.plot(steps, new, color=color, label=name)
-        for e in run["event"]:
-            curves.plot(e["step"], e["learn_after"], "o", color=color)
-        if r["retain"]["base"] is not None:
-            curves.plot(steps, old, "--", color=color)
+        name, r = Path(run["folder"]).name, run["result"]
         for predictor, mark, label in (("grown", "o", name), ("mixed", "*", f"{name}, mixed")):
             if r["retain"][predictor] is not None:
                 point = r["learn"][predictor], forgetting(r, predictor)
-                frontier.plot(*point, mark, color=color)
-                frontier.annotate(label, point)
-    curves.legend()
-    figure.savefig(path, dpi=130)
+                frontier.plot(*point, mark, color=f"C{i}")
+                frontier.annotate(f" {label}", point, va="center")
+                frontier.set_ylim(top=max(frontier.get_ylim()[1], point[1] + 0.05))
+    frontier.margins(x=0.4)
+    figure.savefig(path, dpi=110)
     print(f"picture: {Path(path).absolute()}", file=sys.stderr)
 
 
@@ -585,7 +605,7 @@ def main(argv):
         runs = [read_run(name, finished=True) for name in a.names]
         if a.plot:
             plot(runs, a.plot)
-        print(report(runs[0]) if len(runs) == 1 else comparison(runs))
+        print(tables(runs[0]) if len(runs) == 1 else comparison(runs))
         return
     device, dtype = choose_machine(a.device, a.dtype)
     nets, block_size = find_networks(a)

@@ -26,6 +26,8 @@ from model import GPT, Block, init_parameter
 
 # ----- Insertion -----
 
+TOLERANCE = 0.0  # by which a growth may change a logit; more only for what is the identity up to rounding
+
 
 def insert_block(model, at, init="copy", generation=None):
     """Insert a block that computes the identity at index `at` of model.h (0 ... n_layer) and return it.

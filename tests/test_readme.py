@@ -1,10 +1,12 @@
 """The README is true of the program: its commands run, and the files that it names are there."""
 
+import os
 import re
 import shlex
+import signal
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, on_step
 
 import data
 import eval as ev
@@ -44,6 +46,19 @@ def home(tmp_path_factory):
 def test_the_base_is_named_by_the_command_that_makes_it(home):
     """And not by that of the demo."""
     assert ev.read_run(home / "out" / "pretrain")["header"]["command"] == "python train.py pretrain"
+
+
+def test_the_demo_goes_on_after_a_stop_in_the_training_of_its_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.PRESETS, "pretrain", train.PRESETS["pretrain"] | PRETRAIN)
+    demo = ["demo", *(f"--{name}={value}" for name, value in SMALL.items())]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_step(patch, lambda step: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+        train.main(demo)
+    train.main([*demo, "--resume"])
+    base, grown = capsys.readouterr().out.split("The base is ready")
+    assert "resumed at step 3" in base and "| before" not in base  # its end is one line
+    assert "| before" in grown and "mixed" in grown
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c or "eval.py" in c])

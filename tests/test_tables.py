@@ -101,30 +101,27 @@ def has(row, *pairs, **more):
     return row.items() >= dict(*pairs, **more).items()
 
 
-HEADS = (
-    "text", "run", "loss base", "loss grown", "change", "loss mixed", "change mixed", "KL(base, grown)",
-    "ppl base", "ppl grown", "windows",
-)  # fmt: skip
-ROWS = [  # e^4 = 54.598, e^3 = 20.086, e^2.5 = 12.182, e^2 = 7.389, e^1.5 = 4.482, e^1 = 2.718
-    ("learn: new", "grown", *"4.0000 2.0000 -2.0000 2.1250 -1.8750 0.2500 54.60 7.39 40".split()),
-    ("learn: new", "plain", *"3.0000 2.5000 -0.5000 - - 0.7500 20.09 12.18 40".split()),
-    ("retain: old", "grown", *"1.0000 1.5000 +0.5000 1.0625 +0.0625 0.1250 2.72 4.48 20".split()),
-]
-SUMMARIES = {  # below the table
-    "grown": "4 -> 7 layers, 10,000,000 -> 19,000,000 parameters, 4,000,000 trainable at the end; "
-    "921,600 tokens, 1,234.50 TFLOP; 5430 s in all, 5400 s of them training; "
-    "forgetting +0.5000 alone, +0.0625 mixed",
-    "plain": "0.50 TFLOP; 42 s in all, 30 s of them training; forgetting - alone, - mixed",
+ROWS = {  # of a run: new text, old text
+    "grown": {"before": "4.0000 1.0000", "grown alone": "2.0000 1.5000", "grown mixed": "2.1250 1.0625"},
+    "plain": {"before": "3.0000 -", "plain alone": "2.5000 -"},
+}
+SUMMARIES = {  # below the table; e^4 = 54.598, e^2 = 7.389, e^3 = 20.086, e^2.5 = 12.182
+    "grown": "4 -> 7 layers, 10,000,000 -> 19,000,000 parameters, 4,000,000 of them trained at the end; "
+    "921,600 tokens, 1,234.50 TFLOP; 5430 s in all, 5400 s of them training. "
+    "Perplexity of the new text 54.60 -> 7.39, KL(before, alone) 0.2500. "
+    "Above 0 the old text is forgotten: grown +0.5000 alone, +0.0625 mixed.",
+    "plain": "0.50 TFLOP; 42 s in all, 30 s of them training. Perplexity of the new text 20.09 -> 12.18",
 }
 
 
 @pytest.mark.parametrize("names", [["grown", "plain"], ["grown"], ["plain"]])
-def test_base_against_grown(logs, names, printed_by):
-    """Of several runs, and of one: a row for each text that was measured, the new text first."""
+def test_before_and_after(logs, names, printed_by):
+    """Of several runs, and of one: a row for each way to predict, each figure once."""
     printed = printed_by(ev.main, *(logs[name] for name in names))
-    expected = [cells for cells in ROWS if cells[1] in names]
-    for row, cells in zip(table(printed, "change"), expected, strict=True):
-        assert has(row, zip(HEADS, cells, strict=True))
+    new, *old = ("new text: new", "old text: old") if "grown" in names else ("new text: new",)
+    expected = [(label, cells.split()) for name in names for label, cells in ROWS[name].items()]
+    for row, (label, cells) in zip(table(printed, new), expected, strict=True):
+        assert has(row, zip(["nats per token", new, *old], [label, *cells]))
     assert "Test split." in printed and all(SUMMARIES[name] in flat(printed) for name in names)
     assert ("slope" in printed) == (names == ["grown"])
 
@@ -157,9 +154,11 @@ def test_frontier_has_a_point_for_each_way_to_predict(logs, tmp_path, monkeypatc
     figure, drawn = pytest.importorskip("matplotlib.figure").Figure, []
     monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(self))
     ev.main(typed(*logs.values(), plot=tmp_path / "runs.png"))
-    frontier = drawn[0].axes[1]
+    *texts, frontier = drawn[0].axes
     expected = {"grown": (2.0, 0.5), "grown, mixed": (2.125, 0.0625)}
-    assert {note.get_text(): note.xy for note in frontier.texts} == expected
+    assert {note.get_text().strip(): note.xy for note in frontier.texts} == expected
+    names = [sorted(note.get_text().strip() for note in text.texts) for text in texts]
+    assert names == [["grown", "plain"], ["grown"]]  # each line is named where it ends
     points = [tuple(float(value) for (value,) in line.get_data()) for line in frontier.lines]
     assert sorted(points) == sorted(expected.values())
 
@@ -292,8 +291,10 @@ def test_model_card(run):
     assert ev.tables(ev.read_run(run.folder)) in card
     for row, event in zip(table(card, "added"), run.events, strict=True):
         assert has(row, {"loss before": f"{event['learn_before']:.6f}"}, added=f"{BLOCK:,}", delta="0")
-    for row, name in zip(table(card, "change"), run.names, strict=True):
-        assert has(row, {"loss grown": f"{run.result[name]['grown']:.4f}"}, run="run")
+    before, alone = table(card, "new text: words.txt")
+    for row, key in ((before, "base"), (alone, "grown")):
+        new, old = (f"{run.result[name][key]:.4f}" for name in run.names)
+        assert has(row, {"new text: words.txt": new, "old text: numbers.txt": old})
     for word in ("--batch_size=2", "--lr=0.01", f"--dataset={run.names['learn']}"):
         assert word in card.split("## Made by\n")[1].splitlines()[0]
     assert f"{len(data.load(run.names['learn'], BYTES, T)['train']):,} tokens" in flat(card)
