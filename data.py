@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 import sysconfig
 import time
@@ -413,6 +412,8 @@ def documents(parts, size):
 def json_texts(f, file, end):
     """The "text" of each row of an open file up to byte `end`."""
     while f.tell() < end and (line := f.readline()):
+        if not line.strip():
+            continue
         try:
             text = json.loads(line)["text"]
             if not isinstance(text, str):
@@ -445,10 +446,10 @@ def pieces(parts, size=1 << 20):
     rest = ""
     for i, text in enumerate(documents(parts, size)):
         rest += text if i else text.removeprefix(EOT)
-        cut = re.match(r".*\S(?=[ \n])", rest, re.DOTALL) if len(rest) >= size else None
-        if cut:
-            yield cut[0]
-            rest = rest[cut.end() :]
+        piece = rest[: max(rest.rfind(" "), rest.rfind("\n")) + 1].rstrip(" \n")
+        if len(rest) >= size and piece and not piece[-1].isspace():
+            yield piece
+            rest = rest[len(piece) :]
     yield rest
 
 

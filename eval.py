@@ -363,6 +363,9 @@ def report(run):
 The network: {folder}/model
 The growths one by one, and a picture: python eval.py {folder} --plot=run.png
 Text from it: python eval.py {folder} --prompt='Once upon a time'"""
+    command = run["header"]["command"]
+    if run["event"] and "--kd" not in command:
+        text += f"\nOrdinary fine-tuning: {command} --max_growths=0 --kd_weight=0 --out={folder}-full"
     if len(end["versions"]) > 1:
         names = [end[key]["dataset"] for key in ("retain", "learn")]
         texts = shlex.quote(f"--dataset={','.join(name for name in names if name != 'none')}")

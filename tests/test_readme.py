@@ -59,6 +59,10 @@ def test_the_demo_goes_on_after_a_stop_in_the_training_of_its_base(tmp_path, mon
     base, grown = capsys.readouterr().out.split("The base is ready")
     assert "resumed at step 3" in base and "| before" not in base  # its end is one line
     assert "| before" in grown and "mixed" in grown
+    (words,) = re.findall(r"Ordinary fine-tuning: python train.py (.*)", grown)
+    train.main(shlex.split(words))
+    full = ev.read_run(shlex.split(words)[-1].removeprefix("--out="), finished=True)
+    assert full["event"] == [] and all(row["kd"] == 0 for row in full["step"])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c or "eval.py" in c])

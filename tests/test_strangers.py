@@ -250,7 +250,7 @@ TEXTS = {  # bytes of a file: the text that they are, or what is said of them
     "a mark.txt": (b"\xef\xbb\xbfone\ntwo\n", "one\ntwo\n"),
     "windows.txt": (b"one\r\ntwo\r\n", "one\ntwo\n"),
     "old mac.txt": (b"one\rtwo\r", "one\ntwo\n"),
-    "rows.JSONL": (b'\xef\xbb\xbf{"text": "one\\n"}\r\n{"text": "two"}', f"one\n{data.EOT}two"),
+    "rows.JSONL": (b'\xef\xbb\xbf{"text": "one\\n"}\r\n\n{"text": "two"}\n\n', f"one\n{data.EOT}two"),
     "table.csv": (b"a,b\r\n1,2\r\n", "a,b\n1,2\n"),
     "utf16.txt": ("one\n".encode("utf-16-le"), ["NUL", "convert it to UTF-8"]),
     "marked.txt": ("one\n".encode("utf-16"), ["convert it"]),
