@@ -378,7 +378,7 @@ def split(files):
     total, before = sum(size for _, size in files), 0
     parts = {"train": [], "val": [], "test": []}
     for file, size in files:
-        a, b = (line_end(file, size, total * share // 100 - before) for share in (90, 95))
+        a, b = (line_end(file, size, total * share // 100 - before, total // 40) for share in (90, 95))
         for part, begin, end in (("train", 0, a), ("val", a, b), ("test", b, size)):
             if begin < end:
                 parts[part].append((file, begin, end))
@@ -386,13 +386,17 @@ def split(files):
     return parts
 
 
-def line_end(file, size, at, most=1 << 20):
-    """The first line end behind byte `at` of a file; if there is none within `most`, the next character."""
+def line_end(file, size, at, most):
+    """The first line end behind byte `at` of a file; if there is none within `most`, the next character. (A
+    .jsonl file is cut behind a row, however long.)"""
     if not 0 <= at < size:
         return min(max(at, 0), size)
     with file.open("rb") as f:
         f.seek(at)
-        rest = f.read(most)
+        if file.suffix.lower() == ".jsonl":
+            f.readline()
+            return f.tell()
+        rest = f.read(min(most, 1 << 20))
     inside = len(rest) - len(rest.lstrip(bytes(range(0x80, 0xC0))))  # bytes of a character that began before
     return at + (rest.find(b"\n") + 1 or inside)
 
@@ -428,7 +432,7 @@ def plain_text(f, file, end, size):
     """The text of an open file up to byte `end`, `size` bytes at a time, without a byte order mark and with
     the line ends of Unix; in a .raw file they stay."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=file.suffix != ".raw")
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=file.suffix.lower() != ".raw")
     while raw := f.read(min(size, end - f.tell())):
         if b"\0" in raw:
             raise UserError(f"{file} holds NUL bytes, as UTF-16 does: convert it to UTF-8 first")

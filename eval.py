@@ -117,7 +117,7 @@ def window_batches(tokens, block_size, batch_size, windows):
         ids = torch.full((batch_size, block_size), -1)
         ids.view(-1)[: len(part)] = torch.from_numpy(part)
         seconds = time.perf_counter() - began
-        if seconds > 5 and sys.stderr.isatty():
+        if first and seconds > 5 and sys.stderr.isatty():
             left = seconds / first * (windows - first)
             print(f"\r{first} of {windows} windows, {left:.0f} s left  ", end="", file=sys.stderr)
         yield first, ids.clamp(min=0), F.pad(ids[:, 1:], (0, 1), value=-1)
@@ -402,7 +402,8 @@ def plot(runs, path):
                     axis.plot(*zip(*points), style, color=f"C{i}")
                     ends.append((points[-1][1], points[-1][0], label, f"C{i}"))
             for e in run["event"]:
-                axis.plot(e["step"], e[f"{key}_after"], "o", color=f"C{i}")
+                if e[f"{key}_after"] is not None:
+                    axis.plot(e["step"], e[f"{key}_after"], "o", color=f"C{i}")
         axis.set_xlim(right=1.35 * axis.get_xlim()[1])  # room for the names
         low, high = axis.get_ylim()
         at = low
@@ -499,6 +500,7 @@ class Mixture(torch.nn.Module):
         super().__init__()
         self.nets = torch.nn.ModuleList(nets)
         self.config = min((net.config for net in nets), key=lambda config: config.block_size)
+        self.train(nets[-1].training)
         self.log_w = self.log_p = None  # of each habit and network (S, K, B), of each network (K, B, V)
 
     def predict(self, idx, cache):
@@ -594,6 +596,7 @@ def find_networks(a):
         versions = model.config.versions if a.version is None else [a.version]
         for g in versions if a.alpha is None else versions[-1:]:
             label = f"{name}, version {g}" if len(model.config.versions) > 1 else name
+            label += "" if a.alpha is None else f", alpha {a.alpha:g}"
             nets[label] = grow.version(model, g)
             if a.alpha is not None:
                 grow.scale_grown(nets[label], a.alpha)

@@ -195,7 +195,7 @@ def test_shortest_text_is_accepted(tmp_path):
 
 
 BAD_TEXTS = {  # what a user needs to know: what the file holds
-    "val": b"x" * 300 + b"\ny",
+    "train": b"x" * 200 + b"\ny",
     "UTF-8 at byte 3": b"caf\xe9\n" * 300,
 }
 

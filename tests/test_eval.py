@@ -61,10 +61,12 @@ def test_figures_are_those_of_transformers(count, windows):
     network, is drawn anew with probability 5% after each token."""
     nets = [network(seed) for seed in range(count)]
     nats, mixed, kl, predicted = torch.zeros(count).double(), 0.0, 0.0, 0
+    worse = torch.zeros(count, dtype=torch.long)
     for window in windows_of(TOKENS, 16)[: windows or None]:
         each = torch.cat([log_probabilities(net, window)[:, :-1] for net in nets])  # (K, T - 1, V)
         of_window = each.gather(-1, window[:, 1:, None].expand(count, -1, 1)).sum((1, 2))  # (K,)
         nats -= of_window
+        worse += (of_window[0] - of_window > 1).long()
         state = torch.full((count,), 1 / count).double()
         for p in each.gather(-1, window[:, 1:, None].expand(count, -1, 1))[..., 0].exp().unbind(-1):  # (K,)
             state = 0.95 * state * p + 0.05 * (state * p).sum() / count
@@ -74,6 +76,7 @@ def test_figures_are_those_of_transformers(count, windows):
             p, q = (torch.distributions.Categorical(logits=log_p) for log_p in each[-2:])
             kl += torch.distributions.kl_divergence(p, q).sum().item()
     found = ev.measure(nets, TOKENS, 16, 3, windows, kl=count > 1)
+    assert found["worse"][:count] == worse.tolist()
     assert found["windows"] == (windows or 8)
     assert found["losses"] == pytest.approx((nats / predicted).tolist(), abs=1e-5)
     if count > 1:

@@ -273,15 +273,16 @@ def test_texts_of_other_systems_are_the_same_text_or_told_what_they_are(tmp_path
 
 
 def test_a_text_without_lines_is_split_by_length_and_rows_between_each_other(tmp_path):
-    for name, text in {"line.txt": "x" * 1000, "wide.txt": "é" * 505}.items():
+    for name, text in {"line.txt": "x" * 1000, "wide.txt": "é" * 505, "end.txt": "x" * 999 + "\n"}.items():
         (tmp_path / name).write_text(text, "utf-8")
         splits = joined(data.split([(tmp_path / name, data.length(tmp_path / name))]))
         assert "".join(splits.values()) == text
         assert [round(len(part) / len(text), 2) for part in splits.values()] == [0.9, 0.05, 0.05]
-    path, texts = tmp_path / "d.jsonl", [f"document {i}" for i in range(200)]
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    splits = joined(data.split([(path, data.length(path))]))
-    assert sum((part.split(data.EOT) for part in splits.values()), []) == texts
+    for texts in ([f"document {i}" for i in range(200)], [f"{i} book" * 300_000 for i in range(6)]):
+        path = tmp_path / "d.jsonl"
+        path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        splits = joined({k: part for k, part in data.split([(path, data.length(path))]).items() if part})
+        assert sum((part.split(data.EOT) for part in splits.values()), []) == texts
 
 
 def test_a_stdout_in_ascii_says_what_it_can(net, monkeypatch):

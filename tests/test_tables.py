@@ -159,6 +159,14 @@ def test_frontier_has_a_point_for_each_way_to_predict(logs, tmp_path, monkeypatc
     assert {note.get_text().strip(): note.xy for note in frontier.texts} == expected
     names = [sorted(note.get_text().strip() for note in text.texts) for text in texts]
     assert names == [["grown", "plain"], ["grown"]]  # each line is named where it ends
+    alone = tmp_path / "alone"  # grown, without an old text
+    alone.mkdir()
+    log = [row | dict.fromkeys([key for key in row if key.startswith("retain_")]) for row in GROWN[:-1]]
+    log = [row | {"retain": None} if row["kind"] == "eval" else row for row in log]
+    log.append(GROWN[-1] | {"retain": PLAIN[-1]["retain"]})
+    (alone / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    ev.main(typed(alone, plot=tmp_path / "alone.png"))
+    assert not drawn[1].axes[1].lines
     points = [tuple(float(value) for (value,) in line.get_data()) for line in frontier.lines]
     assert sorted(points) == sorted(expected.values())
 

@@ -172,6 +172,14 @@ def test_checkpoint_and_log_are_written_as_the_run_goes(text, tmp_path, monkeypa
         assert without_clock_and_folder(out) == whole
 
 
+def test_an_evaluation_has_the_loss_and_norm_of_the_step_before(text, tmp_path):
+    train.main(arguments(text, tmp_path / "run"))
+    steps = {row["step"]: (row["loss"], row["norm"]) for row in rows(tmp_path / "run", "step")}
+    first, *later = rows(tmp_path / "run", "eval")
+    assert first["loss"] is first["norm"] is None and later
+    assert all((row["loss"], row["norm"]) == steps[row["step"] - 1] for row in later)
+
+
 def on_validation(monkeypatch, change):
     """Replace the loss of a network without versions, whenever a run measures it, by change(loss)."""
     measure = ev.measure
