@@ -126,7 +126,7 @@ PRESETS = {
     "pretrain": dict(
         init="scratch", tokenizer="bytes", n_layer=2, n_head=4, n_embd=64, dataset="docs", retain="none",
         batch_size=16, max_steps=2500, max_growths=0, lr=8e-3, lr_schedule="cosine", warmup_steps=60,
-        weight_decay=0.1, eval_every=250, log_every=100, save_every=250, test_windows=64, dtype="float32",
+        weight_decay=0.1, eval_every=250, log_every=100, save_every=250, dtype="float32",
     ),
     "demo": dict(
         init=f"{PRETRAINED}/model", dataset="code", retain="docs", batch_size=16, max_steps=500, lr=1e-2,
@@ -313,6 +313,7 @@ def train(o):
         batches = (data.batch(texts["retain"]["train"], T, 8, i, o.seed)[0] for i in range(o.ewc_batches))
         ewc = grow.EWC(base, (x.to(device) for x in batches), torch.Generator(device).manual_seed(o.seed))
     if o.kd_weight and o.kd_on == "generated" and generated is None:
+        print(f"the pretrained network generates {o.generated} rows of text")
         generated = grow.generate_text(base, o.generated * T + 1, o.seed)
     base.requires_grad_(False)
     if o.originals_never_train:
