@@ -186,13 +186,13 @@ def run_together(nets, idx, first=0, cache=None):
         start = max((n for n in range(1, len(path) + 1) if path[:n] in kept), default=0)
         x = kept.get(path[:start])  # (B, T, C)
         with torch.set_grad_enabled(is_last and torch.is_grad_enabled()):
-            for n in range(start + 1, len(path) + 1):
+            for n, module in enumerate(path[start:], start + 1):
                 if n == 1:
                     x = net.embed(idx[0 if is_last else first :, seen:], seen)
                 elif cache is None:
-                    x = path[n - 1](x)
+                    x = module(x)
                 else:
-                    x = path[n - 1](x, cache.setdefault(path[:n], []))
+                    x = module(x, cache.setdefault(path[:n], []))
                 if path[:n] in forks:
                     kept[path[:n]] = x[first:].detach() if is_last else x
         outputs[net] = x
