@@ -1,330 +1,427 @@
 """The study: what growing learns and forgets beside other ways to train, alone and mixed.
 
-    python tests/study.py                          run what is missing, two jobs at a time; write OUT/study.md
-    python tests/study.py --out=out/study --workers=2 --seeds=0,1,2
-    python tests/study.py --tables                 only tables and picture, of what is there
-    python tests/study.py --list                   the jobs
-    python tests/study.py --quick                  the whole program on tiny networks, to see that it works
+    python tests/study.py                    run what is missing, then write OUT/tables.md and two pictures
+    python tests/study.py --out=out/study --workers=2
+    python tests/study.py --tables           only write them, of what is there
 
-A job is one process with one thread: train.py, or tests/controls.py for what train.py does not offer. A job
-that has finished is never done again, and a run of train.py that was stopped goes on. Seed s draws the same
-batches in every arm, so arms are compared seed by seed.
-"""
+An arm is a way to train. It has the learning rate that learns most by the validation loss: from 8e-3 on,
+rates are halved or doubled until a rate is better than both its neighbours, with seed 0. Then it runs with
+its other seeds. Seed s draws the same batches in every arm. A run that is finished is a file in OUT and is
+never done again; one that was stopped begins again."""
 
+import contextlib
+import functools
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process is one thread: two learn more than one with two
 
 import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import controls  # noqa: E402
+import controls
 
-import data  # noqa: E402
-import eval as ev  # noqa: E402
-import train  # noqa: E402
-from model import GPT  # noqa: E402
+import data
+import eval as ev
+import grow
+import train
+from model import GPT
 
 # ----- What is compared -----
 
-GROW = "--first_growth=0 --grow_every=1"  # all blocks before the third step: the originals never train
-FULL, GROW_2 = "--max_growths=0", f"{GROW} --max_growths=2"
-ARMS = {  # name: options of train.py, or a method of tests/controls.py
-    "full": FULL,
-    "LoRA": "lora",
-    "widened MLP": "widened",
-    "top 2 unfrozen": f"{FULL} --freeze=top2",
-    "grow 2": GROW_2,
-    "grow 2, top": f"{GROW_2} --where=top",
-    "grow 2, spread": f"{GROW_2} --where=spread",
-    "grow 4": f"{GROW} --max_growths=4",
-}
-CURES = {  # two strengths of each
-    "KD on new text, 0.25": "--kd_weight=0.25",
-    "KD on new text, 1": "--kd_weight=1",
-    "KD on old text, 0.25": "--kd_weight=0.25 --kd_on=retain",
-    "KD on old text, 1": "--kd_weight=1 --kd_on=retain",
-    "generative replay, 1": "--kd_weight=1 --kd_on=generated",
-    "generative replay, 4": "--kd_weight=4 --kd_on=generated",
-    "replay 1/16": "--replay=0.0625",
-    "replay 1/4": "--replay=0.25",
-    "EWC 10": "--ewc_lambda=10",
-    "EWC 300": "--ewc_lambda=300",
-}
-
-
-PLAIN = "--lr=3e-3 --lr_schedule=constant --where=upper --kd_weight=0".split()  # what no arm says
-
-
-class Scale(NamedTuple):
-    bases: dict  # name: its shape, as options of `train.py pretrain`
-    words: str  # for every run
-
-
 SMALL, LARGE = "2x64", "4x128"
-NORMAL = Scale({SMALL: "--n_layer=2 --n_embd=64", LARGE: "--n_layer=4 --n_embd=128"}, "--max_steps=500")
-TINY = "--max_steps=4 --block_size=32 --eval_every=2 --eval_windows=4 --test_windows=4"
-QUICK = Scale(dict.fromkeys(NORMAL.bases, f"--n_layer=2 --n_embd=16 {TINY}"), TINY)
+# Options of `train.py pretrain`
+BASES = {SMALL: "--n_layer=2 --n_embd=64", LARGE: "--n_layer=4 --n_embd=128"}
+GRID = [0.001 * 2**k for k in range(8)]  # peaks of a cosine
+PLAIN = "--max_growths=0 --kd_weight=0"  # what no arm says
 
 
-def arms_on(base):
-    """{name: options}. Ways to keep the old are tried on the small base, with full training and with growth;
-    EWC holds originals that train, so growth with it freezes nothing."""
-    cured = {
-        f"{method} + {cure}": f"{ARMS[method]} {words}"
-        + " --freeze=none" * (method != "full" and "ewc" in words)
-        for cure, words in CURES.items()
-        for method in ("full", "grow 2")
-    }
-    return ARMS | (cured if base == SMALL else {})
+class Arm(NamedTuple):
+    name: str
+    words: str = ""  # options of train.py
+    change: Callable | None = None  # or what tests/controls.py does to the network
+    base: str = SMALL
+    lr_of: str | None = None  # the arm whose learning rate it takes, instead of its own search
+    seeds: int = 3
+    equal: bool = False  # as many steps as cost what 500 of full fine-tuning cost
 
 
-# ----- Jobs -----
+def growth(blocks, where="spread", every=1):
+    """All of its blocks before the first steps: the originals never train."""
+    return f"--max_growths={blocks} --where={where} --grow_every={every}"
 
 
-class Job(NamedTuple):
-    path: Path  # where it writes
-    words: list  # a program of the repository, and its options
-    after: Path | None = None  # of the job whose network it starts from
+ARMS = [
+    Arm("full"),
+    Arm("fork 1", change=partial(controls.fork, blocks=[1])),
+    Arm("fork 2", change=partial(controls.fork, blocks=[0, 1])),
+    Arm("LoRA", change=controls.lora),
+    Arm("widened", change=controls.widen),
+    Arm("widened, copied", change=partial(controls.widen, copied=True)),
+    Arm("grow 2", growth(2)),
+    Arm("grow 4", growth(4)),
+    Arm("grow 6", growth(6)),
+    Arm("grow 2, upper", growth(2, "upper")),
+    Arm("grow 2, top", growth(2, "top")),
+    Arm("grow 2, one by one", growth(2, every=50)),
+    Arm("grow 4, one by one", growth(4, every=50)),
+    Arm("grow 4, upper", growth(4, "upper")),
+    Arm("grow 4, top", growth(4, "top")),
+    Arm("grow 6, one by one", growth(6, every=50)),
+]
+# Ways to keep the old in one network: options, and strengths of which the middle one searches a rate for all.
+KEEP = {
+    "generated": ("--kd_on=generated --kd_weight={}", (0.3, 1, 3)),
+    "new text": ("--kd_on=train --kd_weight={}", (0.3, 1, 3)),
+    "old text": ("--kd_on=retain --kd_weight={}", (0.3, 1, 3)),
+    "replay": ("--replay={}", (0.125, 0.25, 0.5)),
+    "EWC": ("--ewc_lambda={}", (10, 100, 1000)),
+}
+KEEPERS = {"full": "", "grow 2": growth(2)}  # the methods that they are tried with
+GENERATED = KEEP["generated"][0].format(1)
 
 
-def base_path(out, base):
-    return out / base / "base"
+def keeping():
+    for (keep, (words, strengths)), (method, plain) in itertools.product(KEEP.items(), KEEPERS.items()):
+        options = f"{plain} {words}"
+        if keep == "EWC" and plain:
+            options += " --freeze=none"  # it holds originals that train
+        middle = Arm(f"{method} + {keep} {strengths[1]}", options.format(strengths[1]))
+        yield middle
+        for strength in strengths[::2]:
+            name = f"{method} + {keep} {strength}"
+            yield Arm(name, options.format(strength), lr_of=middle.name, seeds=1)
 
 
-def arm_path(out, base, arm, seed):
-    return out / base / (re.sub(r"[^\w.]+", "-", arm) + f"-seed{seed}")
+def more_rows():
+    for (method, plain), keep in itertools.product(KEEPERS.items(), ("generated", "old text")):
+        arm = f"{method} + {keep} 1"
+        words = f"{plain} {KEEP[keep][0].format(1)} --kd_rows=16"
+        words += " --generated=8192" * (keep == "generated")
+        yield Arm(f"{arm}, 16 rows", words, lr_of=arm, seeds=1)
 
 
-def jobs_of(out, scale, seeds):
-    """All jobs, the bases first."""
-    jobs = [
-        Job(base_path(out, base), ["train.py", "pretrain", *shape.split()])
-        for base, shape in scale.bases.items()
-    ]
-    for base, seed in itertools.product(scale.bases, seeds):
-        start = base_path(out, base)
-        for arm, options in arms_on(base).items():
-            program, words = ["train.py"], f"{options} {scale.words}".split()
-            if words[0] in controls.METHODS:
-                program = ["tests/controls.py", words.pop(0)]
-            words = [*program, "demo", *PLAIN, *words, f"--init={start}/model", f"--seed={seed}"]
-            jobs.append(Job(arm_path(out, base, arm, seed), words, start))
-    return jobs
+def equal_operations():
+    names = ["fork 1", "fork 2", "LoRA", "widened", "grow 2", "grow 4", "grow 2, upper", "grow 2, top"]
+    for arm in [*ARMS, *keeping()]:
+        if arm.name in [*names, "grow 2 + generated 1"]:
+            yield arm._replace(name=f"{arm.name}, equal operations", lr_of=arm.name, equal=True)
 
 
-def finished(path):
-    return (path / "finished").exists()
+def longer():
+    names = ["full", "fork 2", "LoRA", "grow 4"]
+    for arm in [*ARMS, *keeping()]:
+        if arm.name in names or (" + " in arm.name and arm.seeds == 3 and "EWC" not in arm.name):
+            words = f"{arm.words} --max_steps=1500" + " --generated=6144" * ("generated" in arm.name)
+            yield arm._replace(name=f"{arm.name}, long", words=words, lr_of=arm.name, seeds=1)
 
 
-def launch(job, quick):
-    """Do a job, unless it is finished, and return whether it is."""
-    if finished(job.path) or (job.after and not finished(job.after)):
-        return finished(job.path)
-    job.path.mkdir(parents=True, exist_ok=True)
-    program, *words = [*job.words, f"--out={job.path}"]
-    words += ["--resume=auto"] if program == "train.py" else []
-    status = 0
-    if quick:  # in this process: to start one takes longer than the job
-        (train if program == "train.py" else controls).main(words)
-    else:
-        command, env = [sys.executable, ROOT / program, *words], dict(os.environ, OMP_NUM_THREADS="1")
-        with open(job.path / "stdout.txt", "a") as file:
-            status = subprocess.run(command, stdout=file, stderr=file, env=env).returncode
-    if status:
-        print(f"{job.path}: exit status {status}, see stdout.txt there", file=sys.stderr)
-    else:
-        (job.path / "finished").touch()
-    return not status
+LARGE_ARMS = [
+    Arm("full", base=LARGE),
+    Arm("grow 2", growth(2), base=LARGE),
+    Arm("LoRA", change=controls.lora, base=LARGE),
+    Arm("fork 2", change=partial(controls.fork, blocks=[1, 3]), base=LARGE),
+    Arm("fork 2, top", change=partial(controls.fork, blocks=[2, 3]), base=LARGE),
+    Arm("grow 2 + generated 1", f"{growth(2)} {GENERATED}", base=LARGE, lr_of="grow 2"),
+    Arm("full + generated 1", GENERATED, base=LARGE, lr_of="full"),
+    Arm("widened", change=controls.widen, base=LARGE),
+    Arm("grow 2, top", growth(2, "top"), base=LARGE),
+]
 
 
-def do(jobs, workers, quick):
-    """All jobs, `workers` at a time. A job waits for the one that it starts from, which began before it."""
-    left, futures, began = [job for job in jobs if not finished(job.path)], {}, time.perf_counter()
-
-    def run(job):
-        if job.after in futures:
-            futures[job.after].result()
-        return launch(job, quick)
-
-    with ThreadPoolExecutor(workers) as pool:
-        if not quick:
-            futures.update((job.path, pool.submit(run, job)) for job in left)
-        try:
-            for n, job in enumerate(left, 1):
-                done = launch(job, quick) if quick else futures[job.path].result()
-                minutes = (time.perf_counter() - began) / 60
-                print(f"{job.path}: {'done' if done else 'NOT done'}, {n} of {len(left)}, "
-                      f"{minutes / n * (len(left) - n):.0f} minutes left", flush=True)  # fmt: skip
-        except BaseException:  # Ctrl-C: what runs stops in order, and nothing more is started
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-# ----- Figures: every one is mean ± standard deviation over seeds, or a difference seed by seed -----
-
-
-def read(path, base):
-    """A run, all losses mixed: of growth by its log; of a network that lost its base, with the stored one."""
-    run = ev.read_run(path)
-    result, store = run["result"], path / "mixed.json"
-    if result["learn"]["mixed"] is not None:
-        return run
-    if not store.exists():
-        nets = [GPT.from_pretrained(folder / "model") for folder in (base, path)]
-        T, mixed = run["header"]["config"]["block_size"], {}
-        for key in ("learn", "retain"):
-            tokens = data.load(result[key]["dataset"], data.BYTES, T)["test"]
-            mixed[key] = ev.measure(nets, tokens, T, 16, result[key]["windows"])["mixed"]
-        store.write_text(json.dumps(mixed))
-    for key, loss in json.loads(store.read_text()).items():
-        result[key]["mixed"] = loss
-    return run
-
-
-def mean_sd(values, form=".3f"):
-    spread = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{spread}"
-
-
-def differs(values, others):
-    """The difference seed by seed, or "=" where it is no larger than its standard deviation."""
-    d = [a - b for a, b in zip(values, others)]
-    if len(d) < 2:
-        return "one seed"
-    return "=" if abs(statistics.mean(d)) <= statistics.stdev(d) else mean_sd(d, "+.3f")
-
-
-def at_operations(run, flops):
-    """(learning loss, forgetting) on validation when the run had spent so many operations."""
-    evals = run["eval"]
-    step = flops / run["result"]["flops"] * evals[-1]["step"]  # every step costs the same
-    steps, learn, retain = zip(*((e["step"], e["learn"], e["retain"]) for e in evals))
-    return np.interp(step, steps, learn), np.interp(step, steps, retain) - retain[0]
-
-
-def figures(runs, flops):
-    """{head of a column: [of each run]}"""
-    results = [run["result"] for run in runs]
-    learn, forgetting = zip(*(at_operations(run, flops) for run in runs))
+def sections():
+    """{title: its arms}, in the order of what they tell, so that a study that was stopped tells most."""
     return {
-        "learn": [r["learn"]["grown"] for r in results],
-        "forgetting": [ev.forgetting(r) for r in results],
-        "mixed: learn": [r["learn"]["mixed"] for r in results],
-        "mixed: forgetting": [ev.forgetting(r, "mixed") for r in results],
-        "equal operations: learn": learn,
-        "equal operations: forgetting": forgetting,
+        "Learning and forgetting": ARMS,
+        "Keeping the old in one network": list(keeping()),
+        "A larger network": LARGE_ARMS,
+        "More rows to keep it": list(more_rows()),
+        "At equal operations": list(equal_operations()),
+        "Three times as long": list(longer()),
     }
 
 
-# ----- Tables and picture -----
+def all_arms():
+    return list(itertools.chain(*sections().values()))
 
 
-def arms_table(runs, options):
-    """Of {arm: its runs}; beside each figure the difference to full training, or to the arm uncured."""
-    budget = min(run["result"]["flops"] for run in itertools.chain(*runs.values()))
-    of, rows = {arm: figures(found, budget) for arm, found in runs.items()}, []
-    for arm, found in runs.items():
-        method, _, cure = arm.partition(" + ")
-        plain, result = of[method if cure else "full"], found[0]["result"]
-        row = {"arm": arm, "options": f"`{options[arm]}`", "seeds": len(found)}
-        row["trainable"] = f"{result['trainable']:,}"
-        row["stored"] = f"{runs['full'][0]['result']['parameters'] + result['trainable']:,}"
-        row["TFLOP"] = f"{result['flops'] / 1e12:.2f}"
-        for head, values in of[arm].items():
-            said = mean_sd(values, "+.3f" if "forgetting" in head else ".3f")
-            row[head] = f"{said} ({differs(values, plain[head])})"
-        rows.append(row)
-    return f"{ev.table(rows)}\n\nEqual operations: {budget / 1e12:.2f} TFLOP, where the cheapest arm ends."
+def arm_named(name, base=SMALL):
+    return next(arm for arm in all_arms() if (arm.name, arm.base) == (name, base))
 
 
-def picture(runs, path):
-    """Forgetting against learning loss, each arm of {arm: its runs} labelled where it lies."""
+def parent(arm):
+    return arm_named(arm.lr_of, arm.base)
+
+
+# ----- One run -----
+
+
+class Study(NamedTuple):
+    """Where it lies, options of every run, and whether what is missing is trained, or a FileNotFoundError."""
+
+    out: Path
+    words: str = ""
+    trains: bool = True
+
+    def file(self, arm, lr, seed):
+        return self.out / arm.base / re.sub(r"[^\w.]+", "-", f"{arm.name}-{lr:g}-{seed}.json")
+
+    def base(self, name):
+        """The folder of a base, trained if need be."""
+        out = self.out / f"base-{name}"
+        with data.lock(out / "made"):
+            if not (out / "model").exists():
+                with open(out / "stdout.txt", "a") as file, contextlib.redirect_stdout(file):
+                    words = f"{BASES[name]} {self.words} --out={out} --resume=auto"
+                    train.main(["pretrain", *words.split()])
+        return out / "model"
+
+    def run(self, arm, lr, seed):
+        """A run's figures: from its file, or made."""
+        path = self.file(arm, lr, seed)
+        if path.exists() or not self.trains:
+            return json.loads(path.read_text())
+        with data.lock(path.with_suffix(".lock")):  # another process may be at it
+            if not path.exists():
+                words = f"{PLAIN} {arm.words} --lr={lr} --seed={seed} {self.words}"
+                if arm.equal:
+                    full, own = (self.run(of, self.lr(of), 0) for of in (arm_named("full"), parent(arm)))
+                    words += f" --max_steps={round(own['steps'] * full['flops'] / own['flops'])}"
+                words += f" --init={self.base(arm.base)}"
+                found = run(train.parse(["demo", *words.split()]), arm.change)
+                with data.replacing(path) as file:
+                    file.write(json.dumps({"name": arm.name, "lr": lr, "seed": seed, **found}).encode())
+                print(f"{path.stem}: learn {found['learn']:.4f}, {found['seconds']:.0f} s", flush=True)
+        return json.loads(path.read_text())
+
+    def lr(self, arm):
+        """The best of its three neighbours in the grid, by validation loss on the new text."""
+        if arm.lr_of:
+            return self.lr(parent(arm))
+        best, at = GRID.index(0.008), None
+        while best != at:
+            at = best
+            best = min((at, at - 1, at + 1), key=lambda k: self.run(arm, GRID[k], 0)["val"])
+        return GRID[at]
+
+    def do(self, arm):
+        lr = self.lr(arm)
+        return [self.run(arm, lr, seed) for seed in range(arm.seeds)]
+
+
+def count_flops(objective, x, y):
+    """Of a step, as torch counts: by the rules of grow.count_flops. (The counter does not know every fused
+    kernel of attention, but plain products.)"""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(sum(objective(x, y)), grow.trainable(objective.model))
+    return counter.get_total_flops()
+
+
+@functools.cache
+def generated_text(init, count, seed):
+    return grow.generate_text(GPT.from_pretrained(init), count, seed)
+
+
+def run(o, change=None):
+    """Train with options `o` of train.py in a plain loop, the network changed by `change` before, and return
+    the figures: all in nats per token, "val" on new validation text, the others on test."""
+    began, T = time.perf_counter(), o.block_size
+    device, _ = ev.choose_machine("cpu", "float32")
+    base, model = train.start_model(o), train.start_model(o)
+    texts = {key: data.load(name, model.config.vocab_size, T)
+             for key, name in (("learn", o.dataset), ("retain", o.retain))}  # fmt: skip
+    generated, ewc = None, None
+    if o.kd_weight and o.kd_on == "generated":
+        generated = generated_text(o.init, o.generated * T + 1, o.seed)
+    if o.ewc_lambda:
+        batches = (data.batch(texts["retain"]["train"], T, 8, i, o.seed)[0] for i in range(o.ewc_batches))
+        ewc = grow.EWC(base, batches, torch.Generator().manual_seed(o.seed))
+    before = base.requires_grad_(False)
+    if o.originals_never_train:
+        before = grow.original(model)
+    torch.manual_seed(o.seed)
+    if change:
+        change(model)
+    objective = grow.Objective(model, before if o.kd_weight else None, o.kd_temperature)
+    optimizer, growths, flops = grow.make_optimizer(model, o.lr, o.weight_decay), 0, 0
+    for step in range(o.max_steps):
+        grows = growths < o.max_growths and grow.scheduled(step, 0, o.grow_every)
+        if grows:
+            grow.insert_block(model, grow.placement(o.where, model, growths, o.max_growths))
+            grow.freeze(model, o.freeze)
+            optimizer, growths = grow.make_optimizer(model, o.lr, o.weight_decay, optimizer), growths + 1
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(o, step)
+        [(x, y)] = train.micro_batches(o, texts, generated, step, device)
+        if step == 0 or grows:
+            step_flops = count_flops(objective, x, y)
+        nll, kd = objective(x, y)
+        loss = nll + o.kd_weight * kd
+        if ewc:
+            loss = loss + o.ewc_lambda * ewc.penalty(model)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        flops += step_flops
+    trainable = sum(p.numel() for p in grow.trainable(model))
+    stored = trainable + sum(p.numel() for p in base.parameters())  # so that both can predict
+    found = {"steps": o.max_steps, "trainable": trainable, "stored": stored, "flops": flops}
+    val = ev.evaluate(model, texts["learn"]["val"], T, 16, 4 * o.eval_windows)
+    found["val"] = val if math.isfinite(val) else math.inf
+    for key, text in texts.items():
+        m = ev.measure([before, model], text["test"], T, 16, o.test_windows, kl=True)
+        found |= {f"{key}_before": m["losses"][0], key: m["losses"][1]}
+        found |= {f"{key}_mixed": m["mixed"], f"{key}_kl": m["kl"]}
+    return found | {"seconds": time.perf_counter() - began}
+
+
+# ----- Tables: means over seeds, and what is more than chance -----
+
+
+def figures(found):
+    """What the tables and pictures show of a run."""
+    return {
+        "learn": found["learn"],
+        "forgets": found["retain"] - found["retain_before"],
+        "learn mixed": found["learn_mixed"],
+        "forgets mixed": found["retain_mixed"] - found["retain_before"],
+        "KL on new text": found["learn_kl"],
+    }
+
+
+def mean(runs, key):
+    return statistics.mean(figures(found)[key] for found in runs)
+
+
+def sigma(runs_of, key):
+    """Standard deviation of a run among seeds, pooled over the arms {name: runs} that have several."""
+    several = [[figures(found)[key] for found in runs] for runs in runs_of.values() if len(runs) > 1]
+    return math.sqrt(statistics.mean(map(statistics.variance, several))) if several else math.nan
+
+
+def differs(runs, others, key, sigma):
+    """The difference of two arms' means, or "=" where it is not beyond two of its standard deviations."""
+    d = mean(runs, key) - mean(others, key)
+    return f"{d:+.3f}" if abs(d) > 2 * sigma * math.sqrt(1 / len(runs) + 1 / len(others)) else "="
+
+
+def arms_table(arms, runs_of, sigmas):
+    """Of the arms whose runs are in {name: runs}; in brackets differences to full fine-tuning."""
+    rows = []
+    for arm in arms:
+        if arm.name in runs_of:
+            runs = runs_of[arm.name]
+            row = {"arm": arm.name, "lr": f"{runs[0]['lr']:g}", "seeds": len(runs), "steps": runs[0]["steps"]}
+            row |= {key: f"{runs[0][key]:,}" for key in ("trainable", "stored")}
+            row["TFLOP"] = f"{runs[0]['flops'] / 1e12:.2f}"
+            for key, sd in sigmas.items():
+                row[key] = f"{mean(runs, key):{'+' * ('forgets' in key)}.3f}"
+                row[key] += f" ({differs(runs, runs_of['full'], key, sd)})" * (key in ("learn", "forgets"))
+            rows.append(row)
+    return ev.table(rows)
+
+
+def rank_correlation(runs_of, a, b):
+    """Spearman's, over arms."""
+    ranks = [np.argsort(np.argsort([mean(runs, key) for runs in runs_of.values()])) for key in (a, b)]
+    return np.corrcoef(ranks)[0, 1]
+
+
+def read(study, base):
+    """{name: runs} of the arms on a base that are finished."""
+    runs_of = {}
+    for arm in all_arms():
+        if arm.base == base:
+            with contextlib.suppress(FileNotFoundError):
+                runs_of[arm.name] = study.do(arm)
+    return runs_of
+
+
+def write(study):
+    """OUT/tables.md and two pictures."""
+    study, parts = study._replace(trains=False), []
+    runs_by_base = {base: read(study, base) for base in BASES}
+    for title, arms in sections().items():
+        runs_of = runs_by_base[arms[0].base] if arms else {}
+        if "full" not in runs_of:
+            continue
+        sigmas = {key: sigma(runs_of, key) for key in figures(runs_of["full"][0])}
+        before = runs_of["full"][0]
+        losses = f"new text {before['learn_before']:.3f}, old text {before['retain_before']:.3f}"
+        parts.append(f"""## {title}
+
+Base {arms[0].base}: {losses}. Sigma of one run: {", ".join(f"{key} {sd:.3f}" for key, sd in sigmas.items())}.
+
+{arms_table(arms, runs_of, sigmas)}
+""")
+    runs_of = runs_by_base[SMALL]
+    rank = rank_correlation(runs_of, "KL on new text", "forgets")
+    parts.append(f"""## KL on new text as a gauge of forgetting
+
+Over the {len(runs_of)} arms on base {SMALL} their rank correlation (Spearman) is {rank:.2f}.
+""")
+    (study.out / "tables.md").write_text("\n".join(parts))
+    picture(runs_of, "one network alone", "", study.out / "study-alone.png")
+    picture(runs_of, "mixed with the network before", " mixed", study.out / "study-mixed.png")
+    print(f"written: {study.out}/tables.md, study-alone.png, study-mixed.png")
+
+
+PICTURED = {"full": "C3", "fork 2": "C1", "LoRA": "C4", "widened": "C5", "grow 2": "C0", "grow 4": "C0"}
+PICTURED |= {"full + generated 1": "C3", "grow 2 + generated 1": "C0", "full + EWC 100": "C3"}
+
+
+def picture(runs_of, title, predictor, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    for axes, predictor in zip(figure.subplots(1, 2), ("grown", "mixed")):
-        title = {"grown": "one network alone", "mixed": "mixed with the old network"}[predictor]
-        axes.set(title=title, xlabel="learning loss on code, test", ylabel="forgetting on docs, test")
-        axes.axhline(0, color="gray", linewidth=0.5)
-        for arm, found in runs.items():
-            results = [run["result"] for run in found]
-            x = statistics.mean(r["learn"][predictor] for r in results)
-            y = statistics.mean(ev.forgetting(r, predictor) for r in results)
-            axes.plot(x, y, "o", color=f"C{list(ARMS).index(arm.partition(' + ')[0])}")
-            axes.annotate(arm, (x, y), (3, 3), textcoords="offset points", fontsize="x-small")
-    figure.savefig(path, dpi=130)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel="loss on new text (better to the left)", ylabel="forgotten of old text")
+    axes.axhline(0, color="gray", linewidth=0.8)
+    for arm, color in PICTURED.items():
+        if arm in runs_of:
+            at = [mean(runs_of[arm], key + predictor) for key in ("learn", "forgets")]
+            axes.plot(*at, "o", color=color)
+            axes.annotate(arm, at, (6, 4), textcoords="offset points", color=color)
+    figure.savefig(path, dpi=110)
 
 
-def write(out, scale, seeds, command):
-    """OUT/study.md and a picture for each base, of the arms whose runs are all finished."""
-    parts = []
-    for base, shape in scale.bases.items():
-        runs, options = {}, arms_on(base)
-        for arm in options:
-            paths = [arm_path(out, base, arm, seed) for seed in seeds]
-            if all(map(finished, paths)):
-                runs[arm] = [read(path, base_path(out, base)) for path in paths]
-        if "full" not in runs:
-            continue
-        picture(runs, out / f"study-{base}.png")
-        learn, retain = (runs["full"][0]["result"][text]["base"] for text in ("learn", "retain"))
-        parts.append(f"""## Base {base}: learn {learn:.3f}, retain {retain:.3f}
+# ----- All runs -----
 
-`python train.py pretrain {shape} --out=BASE`, then for each arm and seed S \
-`python train.py demo OPTIONS {scale.words} --init=BASE/model --seed=S`
-(LoRA and the widened MLP: `python tests/controls.py lora demo ...`)
 
-{arms_table(runs, options)}
-
-![Forgetting against learning](study-{base}.png)
-""")
-    (out / "study.md").write_text(f"""# The study
-
-`{command}`
-
-Learn: test loss on `code`; forgetting: test loss on `docs` minus the base's; nats per token, mean ± standard
-deviation over seeds {", ".join(map(str, seeds))}. In brackets the difference seed by seed, to full training
-or, with a cure, to the same without it; "=" is one within its own standard deviation, from which nothing
-follows. Mixed: with the network before (grow.mix), which growth, LoRA and the widened MLP have inside; for
-the others it is stored beside, and counted. LoRA (on all four matrices of every block) and the widened MLP
-train as many parameters, within 1%, as growth by {controls.ADDED_BLOCKS} blocks, which come before the first
-two steps. At equal operations losses are on validation windows, read off the curves. Seeds differ in batches
-and fresh weights; each base is trained once.
-
-{"".join(parts)}""")
-    print(f"written: {out}/study.md and its pictures")
+def do(study, arms, workers):
+    """Every run that is missing, an arm at a time in each of `workers` processes."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        bases = [pool.submit(study.base, name) for name in dict.fromkeys(arm.base for arm in arms)]
+        for future in [*bases, *[pool.submit(study.do, arm) for arm in arms]]:
+            future.result()
 
 
 def main(argv):
-    parser = ev.parser("tests/study.py", __doc__, "[--option=value ...]")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "study")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--tables", action="store_true", help="run nothing")
-    parser.add_argument("--list", action="store_true", help="print the jobs, run nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, few steps, one seed")
-    a = parser.parse_args(argv)
-    scale, seeds = (QUICK, a.seeds[:1]) if a.quick else (NORMAL, a.seeds)
-    jobs = jobs_of(a.out, scale, seeds)
-    if a.list:
-        for job in jobs:
-            print(f"{job.path.relative_to(a.out)}: {' '.join(job.words)}")
-        return
+    p = ev.parser("tests/study.py", __doc__, "[--option=value ...]")
+    p.add_argument("--out", type=Path, default=ROOT / "out" / "study")
+    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--tables", action="store_true", help="run nothing")
+    a = p.parse_args(argv)
     if not a.tables:
-        do(jobs, a.workers, a.quick)
-        if left := sum(not finished(job.path) for job in jobs):
-            raise ev.UserError(f"{left} jobs are not finished (see above): the same command goes on")
-    write(a.out, scale, seeds, " ".join(["python", "tests/study.py", *argv]))
+        do(Study(a.out), all_arms(), a.workers)
+    write(Study(a.out))
 
 
 if __name__ == "__main__":

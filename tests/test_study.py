@@ -1,7 +1,8 @@
-"""The study and its controls, on tiny networks: the plain loop trains as train.py does, what is added starts
-at zero and leaves the rest alone, the figures are what they say, and the whole program runs to its end."""
+"""The study and its controls, on tiny networks: its plain loop trains as train.py does, what is added changes
+nothing at first and leaves the rest alone, its figures are what they say, and the whole program runs."""
 
 import math
+import statistics
 
 import controls
 import pytest
@@ -10,10 +11,11 @@ import torch
 from conftest import old_text, table
 
 import eval as ev
+import grow
 import train
-from model import GPT
+from model import GPT, GPTConfig
 
-SHORT = "--block_size=32 --batch_size=4 --eval_every=4 --eval_windows=8 --test_windows=8 --device=cpu".split()
+SHORT = "--block_size=32 --batch_size=4 --eval_every=6 --eval_windows=8 --test_windows=8 --device=cpu".split()
 
 
 @pytest.fixture
@@ -22,66 +24,119 @@ def base(tmp_path, text):
     shape = f"--n_layer=2 --n_embd=16 --dataset={old_text(text)} --max_steps=4 --out={tmp_path}/base".split()
     train.main(["pretrain", *shape, *SHORT])
     texts = [f"--init={tmp_path}/base/model", f"--dataset={text}", f"--retain={old_text(text)}"]
-    return ["demo", *texts, "--max_steps=12", "--kd_weight=0", *SHORT]
+    return ["demo", *texts, "--max_steps=12", *study.PLAIN.split(), *SHORT]
 
 
-def test_plain_loop_gives_the_curve_of_train(tmp_path, base):
-    train.main([*base, "--max_growths=0", f"--out={tmp_path}/a"])
-    controls.main(["full", *base, f"--out={tmp_path}/b"])
-    a, b = ev.read_run(tmp_path / "a"), ev.read_run(tmp_path / "b")
-    assert len(a["eval"]) == len(b["eval"]) == 4
-    assert all(row.items() <= a_row.items() for row, a_row in zip(b["eval"], a["eval"]))
-    for key in ("learn", "retain", "flops", "trainable", "parameters", "tokens"):
-        assert a["result"][key] == b["result"][key]
+GROWTH = "--max_growths=2 --grow_every=5 --where=spread"
 
 
-@pytest.mark.parametrize("method", ["lora", "widened"])
-def test_what_is_added_starts_at_zero_and_leaves_the_rest_alone(tmp_path, base, method):
-    controls.main([method, *base, f"--out={tmp_path}/a"])
-    train.main([*base, "--first_growth=0", "--grow_every=1", "--max_growths=2", f"--out={tmp_path}/b"])
-    a, b = ev.read_run(tmp_path / "a"), ev.read_run(tmp_path / "b")
-    assert a["eval"][0]["learn"] == b["eval"][0]["learn"] and a["eval"][-1]["learn"] < a["eval"][0]["learn"]
-    assert a["result"]["trainable"] == pytest.approx(b["result"]["trainable"], rel=0.1)
-    before = GPT.from_pretrained(tmp_path / "base/model").state_dict()
-    if method == "lora":
-        after = GPT.from_pretrained(tmp_path / "a/model").state_dict()
-        moved = {name for name in before if not torch.equal(before[name], after[name])}
-        assert moved == {f"h.{i}.{m}.weight" for i in (0, 1)
-                         for m in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}  # fmt: skip
+@pytest.mark.parametrize("words", [
+    "", f"{GROWTH} --kd_on=generated --kd_weight=1 --generated=32", "--kd_on=retain --kd_weight=0.5",
+    f"{GROWTH} --replay=0.25", f"{GROWTH} --freeze=none --ewc_lambda=30",
+])  # fmt: skip
+def test_plain_loop_trains_as_train(tmp_path, base, words):
+    """Same losses, to the last bit."""
+    words = [*base, *words.split()]
+    train.main([*words, f"--out={tmp_path}/a"])
+    result, found = ev.read_run(tmp_path / "a")["result"], study.run(train.parse(words))
+    for key in ("learn", "retain"):
+        assert (result[key]["base"], result[key]["grown"]) == (found[f"{key}_before"], found[key])
+        assert result[key]["mixed"] in (None, found[f"{key}_mixed"])  # train.py mixes what it has inside
+        assert result[key]["kl"] == found[f"{key}_kl"]
+    assert found["trainable"] == result["trainable"] and found["flops"] == result["flops"]
+    kept = result["retain"]["mixed"] is not None
+    assert found["stored"] == result["parameters"] if kept else found["stored"] > result["parameters"]
+
+
+@pytest.mark.parametrize("change", ["fork", "lora", "widen", "copied"])
+def test_what_is_added_changes_nothing_at_first_and_leaves_the_rest_alone(change):
+    torch.manual_seed(0)
+    config = GPTConfig(257, 32, 4, 32, (0,) * 4)
+    before, model = GPT(config), GPT(config)
+    model.load_state_dict(before.state_dict())
+    x = torch.randint(257, (2, 32))
+    {
+        "fork": lambda: controls.fork(model, [1, 3]),
+        "lora": lambda: controls.lora(model),
+        "widen": lambda: controls.widen(model),
+        "copied": lambda: controls.widen(model, copied=True),
+    }[change]()
+    rounding = 1e-5 if change == "copied" else 0  # two halves add up
+    assert (model(x)[0] - before(x)[0]).abs().max() <= rounding
+    trains, C = grow.trainable(model), config.n_embd
+    assert sum(p.numel() for p in trains) == pytest.approx(2 * (12 * C * C + 13 * C), rel=0.05)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = grow.make_optimizer(model, 1e-2, 0.1)
+    for _ in range(2):
+        model(x)[0].square().mean().backward()
+        assert change == "lora" or all(p.grad is not None for p in trains)
+        optimizer.step()
+    now = dict(model.named_parameters())
+    assert frozen and all(torch.equal(now[name], p) for name, p in frozen.items())
+    assert not torch.allclose(model(x)[0], before(x)[0])
+
+
+def test_learning_rate_is_better_than_its_neighbours(tmp_path, monkeypatch):
+    """From the middle of the grid to both sides, by validation loss; a run that diverges loses."""
+    losses = {0.001: 2.0, 0.002: 1.5, 0.004: 1.6, 0.008: 1.7, 0.016: math.inf}
+    asked = []
+
+    def run(self, arm, lr, seed):
+        asked.append((lr, seed))
+        return {"val": losses[lr], "seed": seed, "lr": lr}
+
+    monkeypatch.setattr(study.Study, "run", run)
+    runs = study.Study(tmp_path).do(study.Arm("full"))
+    assert [found["lr"] for found in runs] == [0.002] * 3 and [found["seed"] for found in runs] == [0, 1, 2]
+    assert {lr for lr, _ in asked} == set(losses)
 
 
 def test_figures():
-    assert study.differs([1.0, 1.2], [1.0, 1.1]) == "="  # 0.05 with a standard deviation of 0.07
-    assert study.differs([2.0, 2.2], [1.0, 1.1]) == "+1.050 ± 0.071"
-    assert study.differs([1.0], [2.0]) == "one seed"
-    evals = [{"step": s, "learn": a, "retain": b} for s, a, b in ((0, 3, 1), (50, 2, 1.5), (100, 1, 1.2))]
-    assert study.at_operations({"eval": evals, "result": {"flops": 10}}, 5) == (2, 0.5)
+    def runs(*learns):
+        rest = dict(retain=1, retain_before=1, learn_mixed=1, retain_mixed=1, learn_kl=0)
+        return [dict(learn=learn, **rest) for learn in learns]
+
+    a, b, c = runs(1.0, 1.2, 1.1), runs(1.1, 1.5), runs(9)
+    sigma = study.sigma({"a": a, "b": b, "c": c}, "learn")
+    assert sigma == pytest.approx(math.sqrt((0.01 + 0.08) / 2))  # sample variances; c has none
+    assert study.differs(a, b, "learn", 0.1) == "-0.200"  # beyond 2 * 0.1 * sqrt(1/3 + 1/2) = 0.183
+    assert study.differs(a, b, "learn", 0.11) == "="
+    up = {name: [dict(run, learn_kl=run["learn"]) for run in found] for name, found in (("a", a), ("c", c))}
+    assert study.rank_correlation(up, "learn", "KL on new text") == pytest.approx(1)
 
 
-def test_the_whole_study_runs(tmp_path, monkeypatch, capsys):
-    """On one base, with each way to keep the old once. An arm mixed with the network before it, inside or
-    stored beside it, predicts no window of 31 tokens worse than either by more than ln 4."""
-    cures = ["--kd_weight=1 --kd_on=generated --generated=8", "--replay=0.25", "--ewc_lambda=10"]
-    monkeypatch.setattr(study, "CURES", dict(zip(("generative replay", "replay", "EWC"), cures)))
-    monkeypatch.setattr(study, "QUICK", study.QUICK._replace(bases={"2x64": study.QUICK.bases["2x64"]}))
-    words, arms = ["--quick", f"--out={tmp_path}"], study.arms_on("2x64")
-    assert len(arms) == len(study.ARMS) + 6
-    study.main(words)
-    text = (tmp_path / "study.md").read_text()
-    assert "nan" not in text.lower() and (tmp_path / "study-2x64.png").exists()
-    found = {row["arm"]: row for row in table(text, "mixed: learn")}
-    assert found.keys() == arms.keys()
-    for arm, row in found.items():
-        run = study.read(study.arm_path(tmp_path, "2x64", arm, 0), study.base_path(tmp_path, "2x64"))
-        for name in ("learn", "retain"):
-            r = run["result"][name]
-            assert r["mixed"] <= min(r["base"], r["grown"]) + math.log(4) / 31
-            assert r["mixed"] not in (r["base"], r["grown"])
-        assert row["mixed: learn"] == f"{run['result']['learn']['mixed']:.3f} (one seed)"
-    stored = {arm: int(row["stored"].replace(",", "")) for arm, row in found.items()}
-    assert stored["full"] == 2 * int(found["full"]["trainable"].replace(",", ""))
-    assert stored["grow 2"] == ev.read_run(tmp_path / "2x64/grow-2-seed0")["result"]["parameters"]
-    capsys.readouterr()
-    study.main(words)  # all is done, and nothing is done again
-    assert capsys.readouterr().out.startswith("written:")
-    assert (tmp_path / "study.md").read_text() == text
+def test_the_whole_study_runs(tmp_path, monkeypatch):
+    """Few arms on a tiny base. Mixed with the network before it, no arm predicts a window of 31 tokens worse
+    than either by more than ln 4; at equal operations it costs what full fine-tuning costs."""
+    monkeypatch.setattr(study, "BASES", {study.SMALL: "--n_layer=2 --n_embd=16"})
+    named = {arm.name: arm for arm in study.all_arms() if arm.base == study.SMALL}
+    one_seed = "full + new text 0.3"
+    chosen = ["full", "fork 2", "LoRA", "widened", "grow 2", "full + new text 1", one_seed]
+    equal = named["grow 2, equal operations"]
+    sections = {"Learning and forgetting": [named[name] for name in chosen], "Equal": [equal], "Missing": []}
+    monkeypatch.setattr(study, "sections", lambda: sections)
+    monkeypatch.setattr(study, "GRID", [0.008])
+    monkeypatch.setattr(study.Study, "lr", lambda self, arm: 0.008)
+    words = "--max_steps=6 --block_size=32 --batch_size=4 --eval_every=3 --eval_windows=2 --test_windows=4"
+    tiny = study.Study(tmp_path, words)
+    runs_of = {arm.name: tiny.do(arm) for arm in study.all_arms()}
+    assert [len(runs) for runs in runs_of.values()] == [3, 3, 3, 3, 3, 3, 1, 3]
+    for found in (found for runs in runs_of.values() for found in runs):
+        for key in ("learn", "retain"):
+            assert found[f"{key}_mixed"] <= min(found[f"{key}_before"], found[key]) + math.log(4) / 31
+            assert found[f"{key}_mixed"] not in (found[f"{key}_before"], found[key])
+    full, grown = runs_of["full"][0], runs_of["grow 2"][0]
+    steps = runs_of[equal.name][0]["steps"]
+    assert steps < 6 and abs(steps * grown["flops"] / 6 - full["flops"]) < grown["flops"] / 6
+    study.write(tiny)
+    text = (tmp_path / "tables.md").read_text()
+    found = {row["arm"]: row for row in table(text, "KL on new text")}
+    assert found.keys() == runs_of.keys() - {equal.name} and equal.name in text and "nan" not in text
+    mean = statistics.mean(found["learn"] for found in runs_of["LoRA"])
+    assert found["LoRA"]["learn"].startswith(f"{mean:.3f} (") and found["full"]["learn"].endswith("(=)")
+    assert all((tmp_path / f"study-{name}.png").exists() for name in ("alone", "mixed"))
+    monkeypatch.setattr(study, "run", None)  # all is there, and nothing is done again
+    assert [tiny.do(arm) for arm in study.all_arms()] == list(runs_of.values())
+    tiny.file(named["LoRA"], 0.008, 1).unlink()
+    study.write(tiny)  # what is missing is left out
+    assert "LoRA" not in (tmp_path / "tables.md").read_text()
