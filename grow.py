@@ -32,10 +32,9 @@ TOLERANCE = 0.0  # by which a growth may change a logit; more only for what is t
 def insert_block(model, at, init="copy", generation=None):
     """Insert a block that computes the identity at index `at` of model.h (0 ... n_layer) and return it.
 
-    init "copy" starts from the block below (at index 0, above), "fresh" from GPT-2's random weights. In
-    both, the two output projections are zero, weight and bias, which makes the block the identity (arXiv
-    2308.06103, theorem 3.6): at first only they have a gradient, a step later all has. `generation` numbers
-    the growth that the block belongs to; None: the next."""
+    init "copy" starts from the block below (at index 0, above), "fresh" from GPT-2's random weights; in both
+    the two output projections are zero (arXiv 2308.06103, theorem 3.6): at first only they have a gradient, a
+    step later all has. `generation` numbers the growth that the block belongs to; None: the next."""
     config = model.config
     if not 0 <= at <= config.n_layer:
         raise UserError(f"cannot insert at {at}: give an index from 0 to {config.n_layer}")
@@ -113,9 +112,7 @@ def freeze(model, policy):
     model.requires_grad_(policy == "none" or not trains)  # base and older freeze nothing before a growth
     for i in trains:
         model.h[i].requires_grad_(True)
-    for p in model.parameters():
-        if not p.requires_grad:
-            p.grad = None  # a frozen parameter keeps no gradient buffer
+    model.zero_grad()  # a frozen parameter keeps no gradient
 
 
 def trainable(model):
@@ -126,9 +123,8 @@ def trainable(model):
 
 
 def version(model, g):
-    """The network of the blocks up to generation `g`, as a GPT that shares every tensor with `model`.
-    `g` is one of config.versions, the networks that are still inside as they were, or the newest
-    generation, which is the model itself. Raises UserError otherwise."""
+    """The network of the blocks up to generation `g`, as a GPT that shares every tensor with `model`. Raises
+    UserError if g is neither one of config.versions nor the newest generation: the model itself."""
     c = model.config
     known = sorted({*c.versions, max(c.generation)})
     if g not in known:
@@ -173,11 +169,9 @@ def shared(a, b):
 
 def run_together(nets, idx, first=0, cache=None):
     """Outputs (B, T, C) of the last block of each network, for ids (B, T). What any of them have in common
-    from the bottom up is computed once.
-
-    All but the last network run without gradient, and only on the rows from `first` on. With a cache, a dict
-    {modules from the bottom up: [keys, values]}, idx has one new token or, if the cache is empty, is all new:
-    the outputs are those of the new tokens."""
+    from the bottom up is computed once. All but the last run without gradient, and only on the rows from
+    `first` on. With a cache, a dict {modules from the bottom up: [keys, values]}, idx has one new token or,
+    if the cache is empty, is all new: the outputs are those of the new tokens."""
     forks = {shared(a, b) for a, b in itertools.combinations(nets, 2)}
     seen = idx.size(1) - 1 if cache else 0
     kept, outputs = {}, {}  # what comes out of each fork, for the networks that follow; and at the end
@@ -248,8 +242,8 @@ def plateau(evals, patience, min_delta, grown=0):
     """Due when the loss has not fallen by more than `min_delta` nats for `patience` steps.
     evals: [(step, validation loss in nats)], in order. The terms are those of torch's ReduceLROnPlateau (mode
     min, threshold_mode abs), counted in steps: due at the first evaluation that is `patience` steps behind
-    the last improvement, where ReduceLROnPlateau waits for one more. NaN is never better. Patience is also
-    counted from step `grown` of the last growth, so that a new block has time to prove itself."""
+    the last improvement, where ReduceLROnPlateau waits for one more. Patience is also counted from step
+    `grown` of the last growth, so that a new block has time to prove itself."""
     best, improved = float("inf"), 0
     for step, loss in evals:
         if loss < best - min_delta:
@@ -276,9 +270,8 @@ def is_due(o, step, evals, events):
 
 def make_optimizer(model, lr, weight_decay, previous=None):
     """AdamW over what trains now; matrices and embeddings decay. What `previous` knew of a parameter that
-    still trains (its moments, its step) is carried over; a new block starts fresh.
-    The key is the parameter itself: positions, by which torch's own state_dict goes, shift when a block is
-    inserted."""
+    still trains (its moments, its step) is carried over, by the parameter itself: positions, by which torch's
+    own state_dict goes, shift when a block is inserted."""
     params = trainable(model)
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -307,7 +300,7 @@ def load_optimizer_state(model, optimizer, state):
 
 def distillation_loss(student_logits, teacher_logits, temperature):
     """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats; logits (..., V).
-    The factor T^2 keeps the size of its gradient independent of T (Hinton et al., 2015, section 2)."""
+    T^2 keeps the size of its gradient independent of T (Hinton et al., 2015, section 2)."""
     student = F.log_softmax(student_logits.float().flatten(0, -2) / temperature, -1)  # (N, V)
     teacher = F.log_softmax(teacher_logits.float().flatten(0, -2) / temperature, -1)  # (N, V)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
@@ -353,9 +346,9 @@ def generate_text(model, count, seed):
     """Text for generative replay (Shin et al., arXiv 1705.08690), sampled from `model` itself: ids (count,)
     uint16, the same on every process, to be cut into windows as a text is.
 
-    It is some long streams, one behind the other, each of documents from <|endoftext|> on; where the context
-    is full, a stream goes on from its last half. If all windows began with <|endoftext|>, which those of a
-    text do not, a network would learn to tell them by it, and keep what it knew only behind it."""
+    It is some long streams, one behind the other; where the context is full, a stream goes on from its last
+    half. If all windows began with <|endoftext|>, which those of a text do not, a network would learn to tell
+    them by it, and keep what it knew only behind it."""
     context, end = model.config.block_size, model.config.vocab_size - 1
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -384,10 +377,9 @@ def original_parameters(model):
 
 
 class Objective(nn.Module):
-    """The losses of one micro-batch, as a module so that DistributedDataParallel can wrap it.
-    forward(x (B + K, T), y (B, T)) -> next-token loss and distillation loss, both in nats per token. The
-    last K rows of x have no targets: the network is only distilled on them. With K = 0 it is distilled on
-    x itself, without a teacher not at all."""
+    """The losses of one micro-batch, as a module so that DistributedDataParallel can wrap it: of x (B + K, T)
+    and y (B, T) the next-token loss and the distillation loss, both in nats per token. The last K rows of x
+    have no targets: the network is only distilled on them. With K = 0 it is distilled on x itself."""
 
     def __init__(self, model, teacher=None, temperature=1.0):
         super().__init__()
@@ -434,10 +426,9 @@ def compile_objective(objective):
 def count_flops(objective, rows, distilled, T):
     """Floating-point operations of a step on `rows` rows of T tokens and `distilled` more without targets.
 
-    Two for every weight of a matrix and token in the forward pass, the head included, and two for every
-    product inside attention, whose mask saves nothing here. Backward costs as much again for activations,
-    from the head down to the lowest block that trains, and as much again for weights that train; attention
-    multiplies activations only, and pays both. Look-ups, gains and biases are not counted."""
+    Forward: two for every weight of a matrix and token, the head included, and two for every product inside
+    attention, masked or not. Backward: as much for activations, from the head down to the lowest block that
+    trains; as much again for weights that train, and in attention. Look-ups, gains, biases: not counted."""
     model, teacher = objective.model, objective.teacher
     C, V = model.config.n_embd, model.config.vocab_size
     matrices, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V  # of a row, forward
