@@ -156,6 +156,18 @@ def row_losses(nets, hidden, y, kl):
     return torch.stack(nats)
 
 
+TOGETHER = 4096  # windows that are mixed in one loop over their tokens: no more are kept token by token
+
+
+def window_sums(nats, K):
+    """Of nats {batch: (K or K + 1, B, T)} the sums over T, and last those of the K networks mixed."""
+    if not nats:
+        return {}
+    each = torch.cat(list(nats.values()), 1).cpu().double()  # (K or K + 1, windows, T)
+    sums = torch.stack([*each.sum(-1), grow.mix(each[:K]).sum(-1)])  # (K + 1 or K + 2, windows)
+    return dict(zip(nats, sums.tensor_split(len(nats), 1)))
+
+
 @torch.no_grad()
 def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     """In one pass over the first `windows` windows (0: all) of tokens (N,), by the protocol above, a dict:
@@ -175,23 +187,23 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
         net.eval()
     windows = count_windows(len(tokens), block_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    measured = {}  # number of a batch's first window: (K or K + 1, B, T)
+    K, nats, sums = len(nets), {}, {}  # by the number of a batch's first window
     with torch.compiler.set_stance("force_eager"):  # measuring must not compile shapes of its own
         for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
-                measured[first] = torch.where(y >= 0, token_losses(nets, x, y, kl), 0.0)
+                nats[first] = torch.where(y >= 0, token_losses(nets, x, y, kl), 0.0)
+            if len(nats) * batch_size >= TOGETHER or first + batch_size >= windows:
+                sums |= window_sums(nats, K)
+                nats = {}
     for net in nets:
         net.train(was_training)
-    measured = {first: nats.cpu().double() for first, nats in measured.items()}
     if world > 1:  # each window has one owner, so these are the figures of a single process
         everyone = [None] * world
-        dist.all_gather_object(everyone, measured)
-        measured = {first: nats for one in everyone for first, nats in one.items()}
-    nats = torch.cat([measured[first] for first in sorted(measured)], 1)[:, :windows]  # (K, windows, T)
+        dist.all_gather_object(everyone, sums)
+        sums = {first: part for one in everyone for first, part in one.items()}
+    sums = torch.cat([sums[first] for first in sorted(sums)], 1)[:, :windows]  # (K + 1 or K + 2, windows)
     predicted = min(len(tokens), windows * block_size) - windows
-    K = len(nets)
-    sums = torch.stack([*nats.sum(-1), grow.mix(nats[:K]).sum(-1)])  # (K + 1 or K + 2, windows)
     mean = (sums.sum(-1) / predicted).tolist()
     worse = (sums - sums[0] > 1).sum(-1).tolist()
     found = {"windows": windows, "losses": mean[:K], "mixed": mean[-1] if K > 1 else None}

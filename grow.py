@@ -279,7 +279,7 @@ def make_optimizer(model, lr, weight_decay, previous=None):
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if previous is not None:
-        optimizer.state.update({p: previous.state[p] for p in params if p in previous.state})
+        load_optimizer_state(model, optimizer, optimizer_state(model, previous))
     return optimizer
 
 
@@ -289,9 +289,9 @@ def optimizer_state(model, optimizer):
 
 
 def load_optimizer_state(model, optimizer, state):
-    """The reverse, for a fused optimizer: it keeps `step` on the parameter's device, too."""
+    """The reverse, of what trains; a fused optimizer keeps `step` on the parameter's device, too."""
     for name, p in model.named_parameters():
-        if name in state:
+        if name in state and p.requires_grad:
             optimizer.state[p] = {k: v.to(p.device) for k, v in state[name].items()}
 
 

@@ -441,7 +441,8 @@ def train(o):
             event["parameters_added"] = event["parameters"] - (events[-1] if events else header)["parameters"]
             events.append(record("event", **event))
             added = f"+{event['parameters_added']:,} parameters at index {at}"
-            print(f"step {step}: grew to {model.config.n_layer} layers, {added}, logits bitwise equal")
+            same = f"equal to {grow.TOLERANCE:g}" if grow.TOLERANCE else "bitwise equal"
+            print(f"step {step}: grew to {model.config.n_layer} layers, {added}, logits {same}")
 
         # --- save; at step 0, too, so that a folder that cannot be written is found before work is lost
         if world == 1 or device.type == "cpu" or step % o.log_every == 0:  # a GPU would have to wait for this
