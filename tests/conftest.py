@@ -97,6 +97,20 @@ def typed(*words, **options):
     return [*map(str, words), *(f"--{name}={value}" for name, value in options.items() if value is not None)]
 
 
+def arguments(text, out, *words, **changes):
+    """A command line for a run of a second or less; an option that is changed to None is not typed."""
+    texts = dict(dataset=text, retain=old_text(text))
+    return typed(*words, **{**SCRATCH, **TINY, **texts, **changes, "out": out})
+
+
+def refused(act, *says):
+    """A UserError of one line has all these words."""
+    with pytest.raises(data.UserError) as e:
+        act()
+    sentence = str(e.value)
+    assert all(word in sentence for word in says) and "\n" not in sentence, sentence
+
+
 def rows(out, kind=None):
     """The rows of a run's log, or those of one kind. NaN and Infinity are no JSON."""
 
@@ -106,6 +120,10 @@ def rows(out, kind=None):
     lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
     parsed = [json.loads(line, parse_constant=refuse) for line in lines]
     return [row for row in parsed if kind in (None, row["kind"])]
+
+
+def steps_of(out, kind):
+    return [row["step"] for row in rows(out, kind)]
 
 
 def tiny_gpt(generation=(0, 0), vocab_size=61, block_size=16, n_head=2, n_embd=8, seed=0, **more):
@@ -124,12 +142,6 @@ def program(name, *argv, cwd=None, env=None, **more):
     command = [sys.executable, str(ROOT / name), *map(str, argv)]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=cwd or ROOT, env=env, **{**streams, **more})
-
-
-def finished(process, timeout=120):
-    """(exit status, what it printed)"""
-    printed, _ = process.communicate(timeout=timeout)
-    return process.returncode, printed
 
 
 def table(text, head):

@@ -14,12 +14,9 @@ import test_train
 import train
 
 VARIANTS = {
-    "schedule, frozen base, distillation": dict(first_growth=0, kd_weight=1.0, kd_on="retain", kd_rows=2),
-    "plateau, nothing frozen, EWC, replay": dict(
-        trigger="plateau", grow_every=None, patience=2, min_delta=0.5, freeze="none", ewc_lambda=10.0,
-        ewc_batches=2, replay=0.5,
-    ),
-}  # fmt: skip
+    "schedule, frozen base, distillation": test_train.VARIANTS["distilled from step 0"],
+    "plateau, nothing frozen, EWC, replay": test_train.VARIANTS["plateau"] | test_train.KEEPING,
+}
 
 
 def main():

@@ -1,79 +1,33 @@
 """What a person types and sees: refusals, words that must be there, signals, and going on after a stop.
 
-(Ranges and choices of train.py's options: test_train.py. Texts and files that are refused: test_data.py.)"""
+(Texts and files that are refused: test_strangers.py.)"""
 
 import os
-import re
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
-    BYTES,
-    PLAIN,
-    SCRATCH,
-    TINY,
-    finished,
-    old_text,
-    on_step,
-    program,
-    rows,
-    table,
-    typed,
-    write_words,
-)
+from conftest import PLAIN, arguments, on_step, program, refused, rows, steps_of, table
 
 import data
 import eval as ev
 import grow
 import train
-from data import UserError
-from model import GPT, GPTConfig
 
 PLATEAU = dict(trigger="plateau", grow_every=None, eval_every=3)
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """Two texts, and the folder of a tiny network."""
-    folder = tmp_path_factory.mktemp("t")
-    learn = write_words(folder)
-    torch.manual_seed(0)
-    GPT(GPTConfig(BYTES, 16, 2, 16, (0, 0))).save_pretrained(folder / "net")
-    return SimpleNamespace(folder=folder, init=folder / "net", dataset=learn, retain=old_text(learn))
-
-
-def arguments(here, out, *more, **changes):
-    """A command line for a run of a second or less; an option that is changed to None is not typed."""
-    inputs = dict(init=here.init, dataset=here.dataset, retain=here.retain)
-    return typed(*more, **inputs | TINY | changes, out=out)
-
-
-@pytest.fixture(scope="module")
-def run(here):
-    """A finished run."""
-    train.main(arguments(here, here.folder / "run"))
-    return here.folder / "run"
-
-
-def growths(out):
-    return [row["step"] for row in rows(out, "event")]
-
-
-def refused(main, argv):
-    """The one sentence with which `main` refuses `argv`."""
-    with pytest.raises(UserError) as e:
-        main([str(word) for word in argv])
-    assert str(e.value) and "\n" not in str(e.value)
-    return str(e.value)
-
-
 # ----- what is typed wrong -----
 
+WRONG = """
+    dmeo --grow_evry=5 --max_st=10 --max_steps=ten --batch_size=0 --lr=-1 --dropout=-1 --block_size=1
+    --grow_every=0 --first_growth=-2 --max_growths=-1 --eval_every=0 --save_every=0 --replay=-1
+    --trigger=never --block_init=zero --device=tpu --dtype=int8 --compile=yes --max_steps=0 --lr=nan
+""".split()
 MISUSED = [  # what argparse refuses, and the word that it must name
+    *((train.main, [word], word.partition("=")[0]) for word in WRONG),
     (train.main, ["--max_steps=2", "demo"], "demo"),  # presets come first
     (train.main, ["card", "--lr=1e-3", "keep"], "keep"),
     (train.main, ["demo", "--resume", "best"], "best"),  # taken for its value
@@ -84,8 +38,6 @@ MISUSED = [  # what argparse refuses, and the word that it must name
     (train.main, ["--ewc_batches=2"], "--ewc_lambda"),
     (train.main, ["--patience=2"], "--trigger=plateau"),
     (train.main, ["--n_layer=2"], "--init=scratch"),
-    (train.main, ["--max_steps=0"], "--max_steps"),
-    (train.main, ["--lr=nan"], "--lr"),
     (ev.main, [], "names"),
     (ev.main, ["gpt2", "--prom=x"], "--prom"),  # no abbreviations
     (ev.main, ["gpt2", "--dataset=docs", "--split=all"], "val"),
@@ -94,75 +46,85 @@ MISUSED = [  # what argparse refuses, and the word that it must name
 
 
 @pytest.mark.parametrize("main, argv, named", MISUSED)
-def test_what_argparse_refuses_ends_with_status_2(main, argv, named, capsys):
+def test_what_argparse_refuses_ends_with_status_2(main, argv, named, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", lambda o: pytest.fail("it went on to train"))
     with pytest.raises(SystemExit) as e:
         main(argv)
     printed = capsys.readouterr()
     assert e.value.code == 2 and named in printed.err and printed.out == ""
 
 
-REFUSED = [  # what is typed, and the option that must be named
+REFUSED = [  # before anything is downloaded or computed, and what must be named
+    ("--where=middle", "middle"),
+    ("--where=13", "12"),
+    ("--where=-1", "index"),
+    ("--freeze=all", "all"),
+    ("--freeze=top13", "top12"),
+    ("--freeze=top0", "top12"),
+    ("--kd_weight=1 --dropout=0.1", "--dropout=0"),
+    ("--kd_weight=1 --kd_on=retain --retain=none", "--retain"),
+    ("--ewc_lambda=1 --retain=none", "--retain"),
+    ("--replay=0.5 --retain=none", "--retain"),
     # not whole rows: never no row at all, never all rows
-    (dict(replay=0.2, batch_size=8), "replay"),
-    (dict(replay=0.26, batch_size=5, grad_accum=2), "replay"),
-    (dict(replay=0.01, batch_size=8), "replay"),
-    (dict(replay=0.99, batch_size=8), "replay"),
-    # is not here
-    (dict(device="cuda"), "device"),
+    ("--replay=0.2 --batch_size=8", "--replay"),
+    ("--replay=0.26 --batch_size=5 --grad_accum=2", "--replay"),
+    ("--replay=0.01 --batch_size=8", "--replay"),
+    ("--replay=0.99 --batch_size=8", "--replay"),
+    ("--init=scratch --n_embd=10 --n_head=3", "n_head"),
+    ("--retain=nothing.txt", "nothing.txt"),
 ]
 
 
-@pytest.mark.parametrize("options, named", REFUSED)
-def test_options_that_are_refused_together(here, tmp_path, monkeypatch, options, named):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert f"--{named}" in refused(train.main, arguments(here, tmp_path / "run", **options))
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("words, named", REFUSED)
+def test_options_that_cannot_work_together(words, named, monkeypatch):
+    monkeypatch.setattr(data, "fetch", lambda *args, **more: pytest.fail("it went to the network"))
+    monkeypatch.setattr(train, "train", lambda o: pytest.fail("it went on to train"))
+    refused(lambda: train.main(words.split()), named)
 
 
 ACCEPTED = [
     # 0.28 of 50 rows is 14, though 0.28 * 50 is 14.000000000000002 in floating point
     dict(replay=0.28, batch_size=25, grad_accum=2),
     dict(replay=0.7, batch_size=5, grad_accum=2),
-    dict(kd_weight=1, kd_on="generated", kd_rows=2, generated=8, kd_temperature=3),
-    dict(ewc_lambda=1, ewc_batches=2),
     dict(max_growths=0, grow_every=3),  # one of a sweep over max_growths
 ]
 
 
 @pytest.mark.parametrize("options", ACCEPTED)
-def test_options_that_are_accepted(here, tmp_path, options):
-    train.main(arguments(here, tmp_path / "run", **{"max_steps": 2} | PLAIN | options))
+def test_options_that_are_accepted(text, tmp_path, options):
+    train.main(arguments(text, tmp_path / "run", **{"max_steps": 2} | PLAIN | options))
     assert rows(tmp_path / "run", "result")
 
 
-def test_a_device_that_is_not_there_is_refused_by_eval(run, monkeypatch):
+@pytest.mark.parametrize("main, argv", [(train.main, []), (ev.main, ["gpt2", "--prompt=x"])])
+def test_a_device_that_is_not_there_is_refused_first(main, argv, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device" in refused(ev.main, [run, "--prompt=grow", "--device=cuda"])
+    monkeypatch.setattr(data, "fetch", lambda *args, **more: pytest.fail("it went to the network"))
+    refused(lambda: main([*argv, "--device=cuda"]), "--device")
 
 
 @pytest.mark.parametrize(
     "main, argv, name",
     [
-        (train.main, dict(dataset="nothing.txt"), "nothing.txt"),
-        (train.main, dict(init="nowhere"), "nowhere"),
-        (train.main, dict(out="nowhere", resume="yes"), "nowhere"),
+        (train.main, ["--dataset=nothing.txt"], "nothing.txt"),
+        (train.main, ["--init=nowhere"], "nowhere"),
+        (train.main, ["--out=nowhere", "--resume"], "nowhere"),
         (ev.main, ["nowhere"], "nowhere"),
         (ev.main, ["nowhere", "--dataset=nothing.txt"], "nothing.txt"),
     ],
 )
-def test_a_relative_path_that_failed_is_shown_absolute(here, tmp_path, monkeypatch, main, argv, name):
+def test_a_relative_path_that_failed_is_shown_absolute(tmp_path, monkeypatch, main, argv, name):
     monkeypatch.chdir(tmp_path)
-    argv = argv if main is ev.main else arguments(here, **{"out": tmp_path / "run"} | argv)
-    assert str(tmp_path / name) in refused(main, argv)
+    refused(lambda: main(argv), str(tmp_path / name))
 
 
 # ----- what a run says -----
 
 
-def test_a_run_says_what_was_typed_and_how_to_go_on(here, tmp_path, capsys):
+def test_a_run_says_what_was_typed_and_how_to_go_on(text, tmp_path, capsys):
     """Before it trains, what differs from the preset (its log has all options); at its end, what is next."""
     out = tmp_path / "run"
-    train.main(arguments(here, out, **SCRATCH))
+    train.main(arguments(text, out))
     printed = capsys.readouterr().out
     before = printed.partition("step 0")[0].splitlines()
     (line,) = [line for line in before if "--batch_size=4" in line]
@@ -176,6 +138,7 @@ def test_a_run_says_what_was_typed_and_how_to_go_on(here, tmp_path, capsys):
 
 
 GROWN = [  # options, at which steps it grows, how many growths of three happened
+    (dict(max_steps=2), []),
     (dict(max_steps=6), [3]),  # none at the last step, where a block could never train
     (dict(max_steps=8), [3, 6]),
     (dict(max_steps=10), [3, 6, 9]),
@@ -185,23 +148,17 @@ GROWN = [  # options, at which steps it grows, how many growths of three happene
 
 
 @pytest.mark.parametrize("options, steps", GROWN)
-def test_fewer_growths_than_asked_are_said_at_the_end(here, tmp_path, capsys, options, steps):
-    train.main(arguments(here, tmp_path / "run", **{"max_growths": 3} | options))
-    assert growths(tmp_path / "run") == steps
+def test_fewer_growths_than_asked_are_said(text, tmp_path, capsys, options, steps):
+    """At the end; and before the first step, if none can be: a short trial of a longer run goes on."""
+    train.main(arguments(text, tmp_path / "run", **{"max_growths": 3} | options))
+    assert steps_of(tmp_path / "run", "event") == steps
     assert rows(tmp_path / "run", "result")[0]["layers"] == 2 + len(steps)
-    said = f"{len(steps)} of 3 growths happened" in capsys.readouterr().out
-    assert said == (len(steps) < 3)
-
-
-def test_a_run_that_ends_before_its_first_growth_says_so_at_its_start_too(here, tmp_path, capsys):
-    """It is a short trial of a longer run, and goes on."""
-    train.main(arguments(here, tmp_path / "run", max_steps=2))
     before, _, rest = capsys.readouterr().out.partition("step 0")
-    assert re.search("(?<!_)growth", before)  # which is no option's name
-    assert "0 of 2 growths happened" in rest and growths(tmp_path / "run") == []
+    assert ("no growth" in before) == (options.get("max_steps") == 2)
+    assert (f"{len(steps)} of 3 growths happened" in rest) == (len(steps) < 3)
 
 
-def test_two_blocks_at_one_growth(here, tmp_path, capsys, monkeypatch):
+def test_two_blocks_at_one_growth(text, tmp_path, capsys, monkeypatch):
     """A fork whose insert_block inserts two: every count must come from the network, none from "one more"."""
     insert = grow.insert_block
 
@@ -211,7 +168,7 @@ def test_two_blocks_at_one_growth(here, tmp_path, capsys, monkeypatch):
         return insert(model, at, *args, **more | {"generation": newest})
 
     monkeypatch.setattr(grow, "insert_block", insert_two)
-    train.main(arguments(here, tmp_path / "run"))
+    train.main(arguments(text, tmp_path / "run"))
     (header,), (result,) = rows(tmp_path / "run", "header"), rows(tmp_path / "run", "result")
     events = rows(tmp_path / "run", "event")
     assert [(e["layers_before"], e["layers_after"]) for e in events] == [(2, 4), (4, 6)]
@@ -224,61 +181,39 @@ def test_two_blocks_at_one_growth(here, tmp_path, capsys, monkeypatch):
 # ----- going on -----
 
 
-def test_more_steps_on_resume_grow_where_one_run_would(here, tmp_path):
+def test_more_steps_on_resume_grow_where_one_run_would(text, tmp_path):
     """Though at the old end no block went in, for it could not have trained."""
-    train.main(arguments(here, tmp_path / "whole", max_steps=11))
-    train.main(arguments(here, tmp_path / "parts", max_steps=6))
-    assert growths(tmp_path / "parts") == [3]
-    train.main(arguments(here, tmp_path / "parts", "--resume", max_steps=11))
+    train.main(arguments(text, tmp_path / "whole", max_steps=11))
+    train.main(arguments(text, tmp_path / "parts", max_steps=6))
+    assert steps_of(tmp_path / "parts", "event") == [3]
+    train.main(arguments(text, tmp_path / "parts", "--resume", max_steps=11))
     exports = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert growths(tmp_path / "parts") == [3, 6] and exports[0] == exports[1]
+    assert steps_of(tmp_path / "parts", "event") == [3, 6] and exports[0] == exports[1]
 
 
-def test_a_resumed_run_keeps_the_scale_of_its_loss(here, tmp_path, monkeypatch):
-    """float16 gradients overflow until the scale, which starts at 65,536, has been halved often enough: such
-    a step is skipped, and its norm is null, for JSON has no infinity. A resumed run knows the scale that it
-    had come to: it skips no step again, and ends where it would have."""
-    net = GPT(GPTConfig(BYTES, 16, 2, 8, (0, 0)))
-    net.ln_f.weight.data *= 64  # large activations, and so large gradients, in front of the head
-    net.wte.weight.data /= 64
-    net.save_pretrained(tmp_path / "net")
-    options = PLAIN | dict(init=tmp_path / "net", dtype="float16", max_steps=8, lr=1e-6, eval_every=8)
+@pytest.mark.parametrize("name, times", [("SIGINT", 1), ("SIGHUP", 2)])
+def test_a_signal_stops_a_run_in_order(text, tmp_path, monkeypatch, capsys, name, times):
+    """Ctrl-C, of which a second one means what it means to any program; and a closed terminal, which sends
+    its signal twice. (SIGTERM: test_train.py.)"""
+    number, handlers = getattr(signal, name), []
+    ends = (signal.SIG_DFL, signal.default_int_handler)
 
-    def skipped(out):
-        norms = {row["step"]: row["norm"] for row in rows(out, "step")}
-        assert list(norms) == list(range(8))
-        return [step for step, norm in norms.items() if norm is None]
+    def send(step):
+        if step == 2:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+            handlers.append(signal.getsignal(number))
 
-    train.main(arguments(here, tmp_path / "whole", **options))
-    assert 0 in skipped(tmp_path / "whole") and 7 not in skipped(tmp_path / "whole")
-    with monkeypatch.context() as m:
-        on_step(m, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
-        with pytest.raises(SystemExit):
-            train.main(arguments(here, tmp_path / "parts", **options))
-    train.main(arguments(here, tmp_path / "parts", "--resume", **options))
-    assert skipped(tmp_path / "parts") == skipped(tmp_path / "whole")
-    exports = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "parts")]
-    assert exports[0] == exports[1]
-
-
-def test_a_second_ctrl_c_does_not_wait(here, tmp_path, monkeypatch):
-    """The first is noted, and the run stops in order; the next one means what it means to any program."""
-    handlers = []
-
-    def interrupt(step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            handlers.append(signal.getsignal(signal.SIGINT))
-
-    on_step(monkeypatch, interrupt)
+    on_step(monkeypatch, send)
     with pytest.raises(SystemExit) as e:
-        train.main(arguments(here, tmp_path / "run"))
-    assert e.value.code == 128 + signal.SIGINT
-    assert handlers[0] in (signal.SIG_DFL, signal.default_int_handler)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before
+        train.main(arguments(text, tmp_path / "run"))
+    assert e.value.code == 128 + number and (handlers[0] in ends) == (number == signal.SIGINT)
+    assert signal.getsignal(number) is ends[number == signal.SIGINT]  # as before
+    assert "--resume continues it" in capsys.readouterr().out
+    assert data.load_checkpoint(tmp_path / "run/ckpt.pt")["step"] == 3 == len(rows(tmp_path / "run", "step"))
 
 
-def test_ctrl_c_in_the_final_comparison_loses_nothing(here, run, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_final_comparison_loses_nothing(text, tmp_path, monkeypatch):
     """All that was trained is saved: --resume does the comparison alone."""
     block_use = ev.block_use
 
@@ -286,23 +221,24 @@ def test_ctrl_c_in_the_final_comparison_loses_nothing(here, run, tmp_path, monke
         os.kill(os.getpid(), signal.SIGINT)
         return block_use(*args)
 
-    out = tmp_path / "run"
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    train.main(arguments(text, whole))
     with monkeypatch.context() as m:
         m.setattr(ev, "block_use", interrupt)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            train.main(arguments(here, out))
+            train.main(arguments(text, out))
     assert not rows(out, "result")
     on_step(monkeypatch, lambda step: pytest.fail("it trains again"))
-    train.main(arguments(here, out, "--resume"))
-    (result,), (uninterrupted,) = rows(out, "result"), rows(run, "result")
+    train.main(arguments(text, out, "--resume"))
+    (result,), (uninterrupted,) = rows(out, "result"), rows(whole, "result")
     assert result["learn"] == uninterrupted["learn"] and (out / "model").exists()
 
 
-def test_two_processes_on_one_run(here, tmp_path):
+def test_two_processes_on_one_run(text, tmp_path):
     """The second is refused with status 1 and one sentence; the first goes on, and stops on Ctrl-C, saved."""
     pytest.importorskip("fcntl")
     out, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    argv = arguments(here, out, max_steps=1_000_000, grow_every=500_000, eval_every=1_000_000)
+    argv = arguments(text, out, max_steps=1_000_000, grow_every=500_000, eval_every=1_000_000)
     first = program("train.py", *argv)
     try:
         while not log.exists() or '"kind": "step"' not in log.read_text():
@@ -316,11 +252,11 @@ def test_two_processes_on_one_run(here, tmp_path):
         assert str(out) in sentence and "Traceback" not in refusal
         first.send_signal(signal.SIGCONT)
         first.send_signal(signal.SIGINT)
-        status, printed = finished(first)
+        printed, _ = first.communicate(timeout=120)
     finally:
         first.kill()
         first.wait()
-    assert status == 128 + signal.SIGINT and "--resume" in printed
-    steps = [row["step"] for row in rows(out, "step")]
+    assert first.returncode == 128 + signal.SIGINT and "--resume" in printed
+    steps = steps_of(out, "step")
     assert steps == list(range(len(steps)))
     assert data.load_checkpoint(out / "ckpt.pt")["step"] == len(steps)

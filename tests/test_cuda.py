@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import BYTES, DEVICES, PLAIN, SCRATCH, TINY, needs_cuda, old_text, rows, tiny_gpt, typed
+from conftest import BYTES, DEVICES, PLAIN, SCRATCH, arguments, needs_cuda, rows, tiny_gpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -17,11 +17,6 @@ import train
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("own_dynamo")
-
-
-def arguments(text, out, *words, **changes):
-    texts = dict(dataset=text, retain=old_text(text))
-    return typed(*words, **{**SCRATCH, **TINY, **texts, **changes, "out": out})
 
 
 # ----- the same on every device -----

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BYTES, ROOT, SHARED, joined, needs_tiktoken, whole
+from conftest import BYTES, ROOT, SHARED, joined, needs_tiktoken
 
 import data
 import train
@@ -62,17 +62,6 @@ def test_debug_batch_of_llm_c():
     pieces = SHAKESPEARE.read_text().split("\n\n")
     ids = data.encode("".join(data.EOT + piece + "\n\n" for piece in pieces[:20]))[:257]
     assert sha256(ids) == "f3cb1f678d40cf5a120662b12a20fdacc5bd2e08c13ebb230a93e9f6f82f1df4"
-
-
-@pytest.mark.parametrize(
-    "text", ["", "a", "naïve \N{SNOWMAN} \0\r\n", f"{data.EOT}a{data.EOT}", data.EOT * 3, "<|end"]
-)
-def test_bytes_come_back(text):
-    """Byte ids are the UTF-8 bytes with 256 for <|endoftext|>, and decode to the very text."""
-    ids = data.encode(text, BYTES)
-    assert ids.dtype == np.uint16 and (ids == 256).sum() == text.count(data.EOT)
-    assert bytes(ids[ids < 256].tolist()) == text.replace(data.EOT, "").encode()
-    assert data.decode(ids, BYTES) == text
 
 
 def test_what_no_tokenizer_knows():
@@ -173,16 +162,6 @@ def test_own_text_is_split_at_lines(tmp_path):
     assert 0.95 * len(text) <= len(splits["train"] + splits["val"]) <= 0.95 * len(text) + line
 
 
-def test_own_folder_is_read_in_the_order_of_its_paths(tmp_path):
-    """Every .txt, .md, .py and .jsonl file below it, sorted, with <|endoftext|> between; nothing else."""
-    for name in ("b.txt", "a/z.md", "a/b/c.py", "c.bin", "a.txt.gz", "B.txt", "folder.md/d.txt"):
-        path = tmp_path / "mine" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{name}\n")
-    texts = ["B.txt\n", "a/b/c.py\n", "a/z.md\n", "b.txt\n", "folder.md/d.txt\n"]
-    assert whole(tmp_path / "mine") == data.EOT.join(texts)
-
-
 def test_shortest_text_is_accepted(tmp_path):
     """2 T + 1 training tokens are two windows, enough for a batch at every step; one less is refused."""
     path = tmp_path / "short.txt"
@@ -192,19 +171,6 @@ def test_shortest_text_is_accepted(tmp_path):
     assert data.batch(tokens["train"], 82, 5, 3, 0)[0].shape == (5, 82)
     with pytest.raises(data.UserError, match="short.txt.* train .*165 .* 167 "):
         data.load(str(path), BYTES, 83)
-
-
-BAD_TEXTS = {  # what a user needs to know: what the file holds
-    "train": b"x" * 200 + b"\ny",
-    "UTF-8 at byte 3": b"caf\xe9\n" * 300,
-}
-
-
-@pytest.mark.parametrize("says", BAD_TEXTS)
-def test_text_that_cannot_be_used(tmp_path, says):
-    (tmp_path / "bad.txt").write_bytes(BAD_TEXTS[says])
-    with pytest.raises(data.UserError, match=f"bad.txt.*{says}"):
-        data.load(str(tmp_path / "bad.txt"), BYTES, 128)
 
 
 def test_name_of_no_text(tmp_path, monkeypatch):

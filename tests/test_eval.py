@@ -4,6 +4,7 @@
 
 import math
 import re
+import shutil
 import sys
 import time
 import weakref
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BYTES, SCRATCH, TINY, rows, table, tiny_gpt, typed, write_words
+from conftest import BYTES, TINY, rows, table, tiny_gpt, typed, write_words
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -106,6 +107,7 @@ def test_a_last_window_of_one_token_is_no_window():
     nets = [network(0), network(1)]
     found, whole = (ev.measure(nets, TOKENS[:n], 16, windows=5) for n in (33, 32))
     assert found == whole and found["windows"] == 2
+    assert ev.compare(*nets, TOKENS[:33], 16, windows=5)["windows"] == 2  # and this is what a result says
     for tokens, block_size in ((TOKENS, 17), (TOKENS, 1), (TOKENS[:1], 16)):
         with pytest.raises(data.UserError):
             ev.evaluate(nets[0], tokens, block_size)
@@ -316,43 +318,26 @@ def test_a_text_that_was_not_measured_has_nulls(coarse):
 # ----- a run and its card -----
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run that may use 60 windows a text, and whose old text has fewer in its test split."""
-    folder = tmp_path_factory.mktemp("t")
-    write_words(folder)
-    (folder / "old.txt").write_text("\n".join(f"line {i} of few" for i in range(700)))
-    texts = dict(dataset=folder / "words.txt", retain=folder / "old.txt", test_windows=60)
-    train.main(typed(**TINY | SCRATCH | texts, out=folder / "run"))
-    return folder / "run"
-
-
-def test_a_result_says_how_many_windows_each_text_used(run):
-    few = len(windows_of(data.load(str(run.parent / "old.txt"), BYTES, 16)["test"], 16))
-    (result,) = rows(run, "result")
-    assert few < 60 and (result["learn"]["windows"], result["retain"]["windows"]) == (60, few)
-
-
-def test_usage_of_the_model_card_runs(run, capsys):
+def test_usage_of_the_model_card_runs(coarse, capsys):
     """The snippet in the export's README, with the folder in which it lies."""
-    card = (run / "model" / "README.md").read_text()
+    card = (coarse / "run/model/README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    exec(code.replace('"FOLDER"', repr(str(run / "model"))), {})
+    exec(code.replace('"FOLDER"', repr(str(coarse / "run/model"))), {})
     assert "def main" in capsys.readouterr().out
 
 
-def test_unfinished_runs(run, tmp_path):
-    """Its tables, a sample, a loss: one sentence that names the run and says what to do."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "stopped").mkdir()
-    (tmp_path / "stopped" / "metrics.jsonl").write_text("".join(x for x in lines if '"result"' not in x))
-    stopped = str(tmp_path / "stopped")
-    for argv in ([stopped], [str(run), stopped], [stopped, "--prompt=grow"], [stopped, "--dataset=docs"]):
+def test_unfinished_runs(coarse, tmp_path):
+    """Its tables, a sample, a loss: one sentence that names the run and says what to do. The network of a
+    shorter run, which lies there, does not stand for the longer one."""
+    run, stopped = str(coarse / "run"), shutil.copytree(coarse / "run", tmp_path / "stopped")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(x for x in lines if '"result"' not in x))
+    for more in ([], [run], ["--prompt=grow"], ["--dataset=docs"]):
         with pytest.raises(data.UserError, match=f"{stopped} .*--resume"):
-            ev.main(argv)
+            ev.main([str(stopped), *more])
 
 
-def test_plot_needs_matplotlib_and_says_so(run, tmp_path, monkeypatch):
+def test_plot_needs_matplotlib_and_says_so(coarse, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(data.UserError, match="pip install matplotlib"):
-        ev.main([str(run), f"--plot={tmp_path / 'plot.png'}"])
+        ev.main([str(coarse / "run"), f"--plot={tmp_path / 'plot.png'}"])

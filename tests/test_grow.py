@@ -15,13 +15,6 @@ import grow
 from model import GPT, GPTConfig
 
 
-def die(context):
-    """Says each of five ids with the same probability, whatever came before."""
-    model = GPT(GPTConfig(5, context, 1, 2, (0,)))
-    model.wte.weight.data.zero_()
-    return model
-
-
 def small(depth=3, **more):
     return tiny_gpt((0,) * depth, 17, 8, **more)
 
@@ -273,7 +266,8 @@ def test_generated_text_is_a_function_of_its_seed():
 def test_windows_of_generated_text_are_as_those_of_a_text(T, context):
     """A network that ends a document after each token with probability 1/5, whose text is known: documents
     begin as often, and anywhere in a window; a window begins with any token; nothing is filled up."""
-    model, text = die(context), np.random.default_rng(0).choice(5, 8000 * T)
+    model, text = GPT(GPTConfig(5, context, 1, 2, (0,))), np.random.default_rng(0).choice(5, 8000 * T)
+    model.wte.weight.data.zero_()  # it says each of five ids with the same probability
     ids = grow.generate_text(model, 8000 * T + 1, 0).numpy()[:-1]
     for windows in (ids.reshape(-1, T), text.reshape(-1, T)):
         n = len(windows)
@@ -296,13 +290,3 @@ def saved_tensors(depth):
 
 def test_frozen_blocks_below_save_nothing():
     assert saved_tensors(6) == saved_tensors(2) > 0
-
-
-def test_what_is_shared_is_found_from_below():
-    """Only what both have in common may be computed once."""
-    model = small(4)
-    own, teacher = copy.deepcopy(model), grow.original(model)
-    assert grow.shared(model, teacher) == (model.wte, *model.h) and grow.shared(model, own) == ()
-    for at in (4, 2, 0):  # above all, between two, below all
-        grow.insert_block(model, at)
-        assert grow.shared(model, grow.original(model)) == (model.wte, *model.h[:at])

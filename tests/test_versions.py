@@ -269,16 +269,6 @@ def here(tmp_path_factory):
     return folder
 
 
-def test_generations_count_on_and_every_earlier_version_stays_bitwise(here):
-    """docs, code, a third text: --init=RUN/model just works, and nothing of what was is lost."""
-    net, first, second = (GPT.from_pretrained(here / f) for f in ("net", "first/model", "second/model"))
-    assert (first.config.versions, second.config.versions) == ((0, 2), (0, 2, 3))
-    assert sorted(first.config.generation) == [0, 0, 1, 2] and second.config.generation[-1] == 3
-    assert bits(grow.version(first, 0)) == bits(grow.version(second, 0)) == bits(net)
-    assert bits(grow.version(second, 2)) == bits(first) and bits(second) != bits(first)
-    assert result(here / "second")["versions"] == [0, 2, 3]
-
-
 def test_versions_do_not_change_during_a_run(here):
     """Only the export has the new one, so a resume sees the same originals, from the middle or the end."""
     texts, second = (here / "third.txt", here / "words.txt"), GPT.from_pretrained(here / "second" / "model")
@@ -348,21 +338,6 @@ def test_an_original_that_changed_is_a_bug_and_not_exported(here, monkeypatch):
     assert not (here / "leak" / "model").exists()
 
 
-def test_the_teacher_of_a_later_run_is_the_network_that_it_began_with(here, monkeypatch):
-    """Not the first of all, and the same tensors: no second copy."""
-    seen, build = [], grow.Objective.__init__
-
-    def noted(self, model, teacher, *more):
-        build(self, model, teacher, *more)
-        seen.append((model, teacher))
-
-    monkeypatch.setattr(grow.Objective, "__init__", noted)
-    run(here, "taught", here / "third.txt", "none", "first/model", kd_weight=1.0)
-    ((model, teacher),) = seen
-    assert bits(teacher) == bits(GPT.from_pretrained(here / "first" / "model"))
-    assert teacher.wte is model.wte
-
-
 def test_a_new_network_has_nothing_to_keep(here):
     """Random weights are no version, frozen from step 0 or not."""
     assert run(here, "new", here / "third.txt", "none", **SCRATCH).config.versions == (2,)
@@ -397,6 +372,7 @@ def expected(nets, path, split, count):
 def test_a_version_is_exported_as_a_stock_gpt2(here, exports):
     """Rollback: bit for bit what the earlier runs ended with, to transformers and to us."""
     x = some_ids()
+    assert result(here / "second")["versions"] == [0, 2, 3]
     for net, folder, g in zip(exports, ("net", "first/model", "second/model"), (0, 2, 3)):
         assert torch.equal(net(x).logits, GPT2LMHeadModel.from_pretrained(here / folder)(x).logits)
         again = GPT.from_pretrained(here / f"version {g}")
@@ -457,22 +433,6 @@ def test_windows_that_are_worse_are_counted(here, exports, capsys):
     assert shown == counted and shown[0] == 0 < shown[2]
 
 
-def test_one_version_is_measured_as_any_network(here, exports, capsys):
-    names = [str(here / name) for name in TEXTS[:2]]
-    losses = [f"{expected(exports[1:2], name, 'val', 3)[0]:.4f}" for name in names]
-    ev.main(typed(here / "second", dataset=",".join(names), windows=3, version=2))
-    out = capsys.readouterr().out
-    (row,) = table(out, "network")
-    assert row["network"].endswith("version 2") and [row[name] for name in names] == losses
-    assert "mixed" not in out and "worse" not in row
-
-
-def test_networks_with_other_tokenizers_are_not_mixed(here, tmp_path):
-    tiny_gpt((0,), 61).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="different tokenizers"):
-        ev.main(typed(here / "net", tmp_path / "other", dataset=here / "old.txt"))
-
-
 @torch.no_grad()
 def continued_by_hand(nets, prompt, new):
     """Greedy text of the mixture, by transformers, from the losses of all tokens so far."""
@@ -512,6 +472,18 @@ def test_prompt_continues_with_the_mixture(here, exports, prompt, how, capsys):
         assert text != continued_by_hand(exports[-1:], prompt.encode(), 24)
 
 
+def test_one_version_speaks_and_is_measured_as_any_network(here, exports, capsys):
+    names, of_the_second = [str(here / name) for name in TEXTS[:2]], exports[1:2]
+    losses = [f"{expected(of_the_second, name, 'val', 3)[0]:.4f}" for name in names]
+    options = dict(dataset=",".join(names), windows=3, prompt="keep", temperature=0, max_new_tokens=20)
+    ev.main(typed(here / "second", version=2, **options))
+    out, said = capsys.readouterr().out, continued_by_hand(of_the_second, b"keep", 20)
+    (row,) = table(out, "network")
+    assert row["network"].endswith("version 2") and [row[name] for name in names] == losses
+    assert "mixed" not in out and "worse" not in row
+    assert out.startswith(said) and said != continued_by_hand(exports[2:], b"keep", 20)
+
+
 @torch.no_grad()
 def test_text_from_a_mixture_passes_each_token_once_through_each_block():
     """Until the context is full; and what is not computed again would be the same."""
@@ -527,14 +499,6 @@ def test_text_from_a_mixture_passes_each_token_once_through_each_block():
     assert sum(passed) == blocks * (5 + 11 + 2 * 16)  # the prompt, to 16 tokens, and two past them
     for idx, log_p in predicted[:12]:
         assert torch.allclose(log_p, ev.Mixture(nets).predict(idx, {}), atol=1e-5)
-
-
-def test_prompt_continues_with_one_version_on_request(here, capsys):
-    said = []
-    for words in ([here / "second", "--version=0"], [here / "net"], [here / "second"]):
-        ev.main(typed(*words, prompt="keep", temperature=0, max_new_tokens=20))
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != said[2]
 
 
 @pytest.mark.parametrize("name, words", [("second", []), ("first", ["--version=2"])])
@@ -558,20 +522,15 @@ def test_what_the_dial_makes_is_exported_and_measured_alone(here, name, words, t
         (["net", "--alpha=0.5", "--prompt=x"], None),
         (["second", "--dataset=docs,nowhere"], "nowhere"),
         (["second", "first", "--version=0", "--out=both"], "both"),
+        (["second", "--version=0", "--out=net"], "net"),  # an export does not replace what is there
+        (["net", "other", "--dataset=old.txt"], "different tokenizers"),
     ],
 )
 def test_versions_that_are_not_there_get_a_sentence(here, words, says, monkeypatch):
+    tiny_gpt((0,), 61).save_pretrained(here / "other")
     monkeypatch.chdir(here)
     with pytest.raises(UserError, match=says):
         ev.main(words)
-
-
-def test_an_export_does_not_replace_what_is_there(here):
-    (here / "mine").mkdir()
-    (here / "mine" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="mine"):
-        ev.main([str(here / "second"), "--version=0", f"--out={here}/mine"])
-    assert (here / "mine" / "thesis.txt").exists()
 
 
 def test_commands_at_the_end_of_a_run_work_as_printed(here, tmp_path, capsys):
