@@ -322,18 +322,17 @@ def differs(runs, others, key, sigma):
 
 
 def arms_table(arms, runs_of, sigmas):
-    """Of the arms whose runs are in {name: runs}; in brackets differences to full fine-tuning."""
+    """Of arms whose runs are in {name: runs}; in brackets differences to full fine-tuning."""
     rows = []
     for arm in arms:
-        if arm.name in runs_of:
-            runs = runs_of[arm.name]
-            row = {"arm": arm.name, "lr": f"{runs[0]['lr']:g}", "seeds": len(runs), "steps": runs[0]["steps"]}
-            row |= {key: f"{runs[0][key]:,}" for key in ("trainable", "stored")}
-            row["TFLOP"] = f"{runs[0]['flops'] / 1e12:.2f}"
-            for key, sd in sigmas.items():
-                row[key] = f"{mean(runs, key):{'+' * ('forgets' in key)}.3f}"
-                row[key] += f" ({differs(runs, runs_of['full'], key, sd)})" * (key in ("learn", "forgets"))
-            rows.append(row)
+        runs = runs_of[arm.name]
+        row = {"arm": arm.name, "lr": f"{runs[0]['lr']:g}", "seeds": len(runs), "steps": runs[0]["steps"]}
+        row |= {key: f"{runs[0][key]:,}" for key in ("trainable", "stored")}
+        row["TFLOP"] = f"{runs[0]['flops'] / 1e12:.2f}"
+        for key, sd in sigmas.items():
+            row[key] = f"{mean(runs, key):{'+' * ('forgets' in key)}.3f}"
+            row[key] += f" ({differs(runs, runs_of['full'], key, sd)})" * (key in ("learn", "forgets"))
+        rows.append(row)
     return ev.table(rows)
 
 
@@ -359,7 +358,8 @@ def write(study):
     runs_by_base = {base: read(study, base) for base in BASES}
     for title, arms in sections().items():
         runs_of = runs_by_base[arms[0].base] if arms else {}
-        if "full" not in runs_of:
+        arms = [arm for arm in arms if arm.name in runs_of]
+        if not arms or "full" not in runs_of:
             continue
         sigmas = {key: sigma(runs_of, key) for key in figures(runs_of["full"][0])}
         before = runs_of["full"][0]

@@ -102,6 +102,17 @@ def test_a_loss_depends_on_nothing_else():
     assert ev.evaluate(net, TOKENS, 16, windows=3) == pytest.approx(first, abs=1e-6)
 
 
+def test_no_more_windows_than_are_mixed_together_are_kept_by_tokens(monkeypatch):
+    """A split may be larger than memory: what is kept of a window that was mixed is one number a network."""
+    nets, kept = [network(0), network(1)], []
+    whole = ev.measure(nets, TOKENS, 16, 2, kl=True)
+    window_sums = ev.window_sums
+    monkeypatch.setattr(ev, "TOGETHER", 3)
+    monkeypatch.setattr(ev, "window_sums", lambda nats, K: kept.append(2 * len(nats)) or window_sums(nats, K))
+    assert ev.measure(nets, TOKENS, 16, 2, kl=True) == whole
+    assert kept == [4, 4] and whole["windows"] == 8
+
+
 def test_a_last_window_of_one_token_is_no_window():
     """It predicts nothing; nor do fewer than two tokens, or windows of one, or longer than the context."""
     nets = [network(0), network(1)]
