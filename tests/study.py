@@ -47,7 +47,6 @@ from model import GPT
 SMALL, LARGE = "2x64", "4x128"
 # Options of `train.py pretrain`
 BASES = {SMALL: "--n_layer=2 --n_embd=64", LARGE: "--n_layer=4 --n_embd=128"}
-GRID = [0.001 * 2**k for k in range(8)]  # peaks of a cosine
 PLAIN = "--max_growths=0 --kd_weight=0"  # what no arm says
 
 
@@ -210,14 +209,14 @@ class Study(NamedTuple):
         return json.loads(path.read_text())
 
     def lr(self, arm):
-        """The best of its three neighbours in the grid, by validation loss on the new text."""
+        """The peak of its cosine: better than half and double of it by validation loss on the new text."""
         if arm.lr_of:
             return self.lr(parent(arm))
-        best, at = GRID.index(0.008), None
+        best, at = 0.008, None
         while best != at:
             at = best
-            best = min((at, at - 1, at + 1), key=lambda k: self.run(arm, GRID[k], 0)["val"])
-        return GRID[at]
+            best = min((at, at / 2, at * 2), key=lambda lr: self.run(arm, lr, 0)["val"])
+        return at
 
     def do(self, arm):
         lr = self.lr(arm)
@@ -382,23 +381,40 @@ Over the {len(runs_of)} arms on base {SMALL} their rank correlation (Spearman) i
     print(f"written: {study.out}/tables.md, study-alone.png, study-mixed.png")
 
 
+# What the pictures show, {arm: color}: the methods as they are, and with what keeps the old.
 PICTURED = {"full": "C3", "fork 2": "C1", "LoRA": "C4", "widened": "C5", "grow 2": "C0", "grow 4": "C0"}
-PICTURED |= {"full + generated 1": "C3", "grow 2 + generated 1": "C0", "full + EWC 100": "C3"}
+PICTURED |= {f"{method} + generated 1": color for method, color in (("full", "C3"), ("grow 2", "C0"))}
+PICTURED |= {f"full + {keep}": "C3" for keep in ("old text 1", "new text 1", "replay 0.25", "EWC 100")}
+PLACES = ((8, 0, "left"), (-8, 0, "right"), (0, 10, "center"), (0, -10, "center"), (8, 12, "left"))
 
 
 def picture(runs_of, title, predictor, path):
+    """What is forgotten against what is learned, each arm named where it lies, beside what is there."""
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.set(title=title, xlabel="loss on new text (better to the left)", ylabel="forgotten of old text")
+    axes.set(title=title, xlabel="new text: loss", ylabel="old text: loss above that of the network before")
     axes.axhline(0, color="gray", linewidth=0.8)
-    for arm, color in PICTURED.items():
-        if arm in runs_of:
-            at = [mean(runs_of[arm], key + predictor) for key in ("learn", "forgets")]
-            axes.plot(*at, "o", color=color)
-            axes.annotate(arm, at, (6, 4), textcoords="offset points", color=color)
-    figure.savefig(path, dpi=110)
+    axes.margins(0.2, 0.15)
+    arms = [arm for arm in PICTURED if arm in runs_of]
+    points = [[mean(runs_of[arm], key + predictor) for key in ("learn", "forgets")] for arm in arms]
+    for arm, point in zip(arms, points):
+        axes.plot(*point, "s" if "+" in arm else "o", color=PICTURED[arm])
+    figure.draw_without_rendering()  # from here on it is known where things lie, in pixels
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(points)]
+    for arm, point in zip(arms, points):
+        text = axes.annotate(arm, point, (0, 0), textcoords="offset points", va="center", color=PICTURED[arm])
+        for x, y, side in PLACES:
+            text.xyann = x, y
+            text.set_horizontalalignment(side)
+            box = text.get_window_extent()
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+    figure.savefig(path, dpi=100)
 
 
 # ----- All runs -----
