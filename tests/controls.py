@@ -1,7 +1,8 @@
 """What growth is compared with in the study and train.py does not offer: a fork, low rank, a wider MLP.
 
 Each changes a network in place, so that all else is frozen and `grow.trainable` finds what trains. LoRA and
-the wider MLPs have as many trainable parameters as growth by ADDED_BLOCKS blocks."""
+the wider MLP have, within 1%, as many trainable parameters as growth by ADDED_BLOCKS blocks, unless LoRA is
+given another rank or there are too few hidden units to copy."""
 
 import math
 
@@ -37,8 +38,8 @@ class LowRank(nn.Module):
 class Widened(nn.Module):
     """A frozen MLP and `units` new hidden units beside its own.
 
-    Fresh ones have output weights of zero, which changes nothing (Net2Net; arXiv 2308.06103, theorem 3.1).
-    Copied ones are the first of its own, with half of their output; the other half stays where it was (Grow,
+    Fresh ones have output weights of zero, which changes nothing (arXiv 2308.06103, theorem 3.1). Copied ones
+    are the first of its own, with half of their output; the other half stays where it was (Net2Net; Grow,
     Don't Overwrite, arXiv 2603.08647). That adds up to the same but for rounding: it is not bitwise."""
 
     def __init__(self, mlp, units, copied):
@@ -66,9 +67,10 @@ def _budget(model):
     return ADDED_BLOCKS * (12 * C * C + 13 * C) / L
 
 
-def lora(model):
+def lora(model, rank=None):
     """On all four matrices of every block."""
-    rank = round(_budget(model) / (16 * model.config.n_embd))  # their inputs and outputs are 16 C wide
+    if rank is None:
+        rank = round(_budget(model) / (16 * model.config.n_embd))  # their inputs and outputs are 16 C wide
     model.requires_grad_(False)
     for layer in [m for block in model.h for m in (block.attn, block.mlp)]:
         for name, child in list(layer.named_children()):
@@ -78,6 +80,8 @@ def lora(model):
 
 def widen(model, copied=False):
     units = round(_budget(model) / (2 * model.config.n_embd + 1))
+    if copied:  # there are no more
+        units = min(units, 4 * model.config.n_embd)
     model.requires_grad_(False)
     for block in model.h:
         block.mlp = Widened(block.mlp, units, copied)

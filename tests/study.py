@@ -6,8 +6,9 @@
 
 An arm is a way to train. It has the learning rate that learns most by the validation loss: from 8e-3 on,
 rates are halved or doubled until a rate is better than both its neighbours, with seed 0. Then it runs with
-its other seeds. Seed s draws the same batches in every arm. A run that is finished is a file in OUT and is
-never done again; one that was stopped begins again."""
+its other seeds. (An arm with `lr_of` has the rate of another.) Seed s draws the same rows of the new text in
+every arm. A run that is finished is a file in OUT and is never done again; one that was stopped begins
+again."""
 
 import contextlib
 import functools
@@ -47,7 +48,7 @@ from model import GPT
 SMALL, LARGE = "2x64", "4x128"
 # Options of `train.py pretrain`
 BASES = {SMALL: "--n_layer=2 --n_embd=64", LARGE: "--n_layer=4 --n_embd=128"}
-PLAIN = "--max_growths=0 --kd_weight=0"  # what no arm says
+PLAIN = "--max_growths=0 --kd_weight=0"  # the demo grows and distils; an arm's own options follow, and win
 
 
 class Arm(NamedTuple):
@@ -61,7 +62,7 @@ class Arm(NamedTuple):
 
 
 def growth(blocks, where="spread", every=1):
-    """All of its blocks before the first steps: the originals never train."""
+    """A block before each of the first steps, or every `every` steps. The originals never train."""
     return f"--max_growths={blocks} --where={where} --grow_every={every}"
 
 
@@ -70,45 +71,48 @@ ARMS = [
     Arm("fork 1", change=partial(controls.fork, blocks=[1])),
     Arm("fork 2", change=partial(controls.fork, blocks=[0, 1])),
     Arm("LoRA", change=controls.lora),
+    Arm("LoRA, rank 8", change=partial(controls.lora, rank=8)),
     Arm("widened", change=controls.widen),
     Arm("widened, copied", change=partial(controls.widen, copied=True)),
     Arm("grow 2", growth(2)),
     Arm("grow 4", growth(4)),
     Arm("grow 6", growth(6)),
-    Arm("grow 2, upper", growth(2, "upper")),
     Arm("grow 2, top", growth(2, "top")),
     Arm("grow 2, one by one", growth(2, every=50)),
     Arm("grow 4, one by one", growth(4, every=50)),
     Arm("grow 4, upper", growth(4, "upper")),
     Arm("grow 4, top", growth(4, "top")),
     Arm("grow 6, one by one", growth(6, every=50)),
+    Arm("grow 2, none frozen", f"{growth(2)} --freeze=none"),
 ]
 # Ways to keep the old in one network: options, and strengths of which the middle one searches a rate for all.
 KEEP = {
-    "generated": ("--kd_on=generated --kd_weight={}", (0.3, 1, 3)),
-    "new text": ("--kd_on=train --kd_weight={}", (0.3, 1, 3)),
+    "generated": ("--kd_on=generated --kd_weight={}", (0.3, 1, 3)),  # generative replay
+    "new text": ("--kd_on=train --kd_weight={}", (0.3, 1, 3)),  # Learning without Forgetting
     "old text": ("--kd_on=retain --kd_weight={}", (0.3, 1, 3)),
     "replay": ("--replay={}", (0.125, 0.25, 0.5)),
-    "EWC": ("--ewc_lambda={}", (10, 100, 1000)),
+    "EWC": ("--ewc_lambda={}", (0.1, 1, 10)),
 }
-KEEPERS = {"full": "", "grow 2": growth(2)}  # the methods that they are tried with
+METHODS = {"full": "", "grow 2": growth(2)}  # with which they are tried
 GENERATED = KEEP["generated"][0].format(1)
 
 
 def keeping():
-    for (keep, (words, strengths)), (method, plain) in itertools.product(KEEP.items(), KEEPERS.items()):
-        options = f"{plain} {words}"
-        if keep == "EWC" and plain:
-            options += " --freeze=none"  # it holds originals that train
-        middle = Arm(f"{method} + {keep} {strengths[1]}", options.format(strengths[1]))
-        yield middle
-        for strength in strengths[::2]:
-            name = f"{method} + {keep} {strength}"
-            yield Arm(name, options.format(strength), lr_of=middle.name, seeds=1)
+    middle, others = [], []
+    for (keep, (words, strengths)), (method, plain) in itertools.product(KEEP.items(), METHODS.items()):
+        if keep == "EWC" and plain:  # it holds originals that train
+            method, plain = "grow 2, none frozen", f"{plain} --freeze=none"
+        for strength in strengths:
+            arm = Arm(f"{method} + {keep} {strength}", f"{plain} {words.format(strength)}")
+            if strength == strengths[1]:
+                middle.append(arm)
+            else:
+                others.append(arm._replace(lr_of=f"{method} + {keep} {strengths[1]}", seeds=1))
+    return middle + others
 
 
 def more_rows():
-    for (method, plain), keep in itertools.product(KEEPERS.items(), ("generated", "old text")):
+    for (method, plain), keep in itertools.product(METHODS.items(), ("generated", "old text")):
         arm = f"{method} + {keep} 1"
         words = f"{plain} {KEEP[keep][0].format(1)} --kd_rows=16"
         words += " --generated=8192" * (keep == "generated")
@@ -116,7 +120,7 @@ def more_rows():
 
 
 def equal_operations():
-    names = ["fork 1", "fork 2", "LoRA", "widened", "grow 2", "grow 4", "grow 2, upper", "grow 2, top"]
+    names = ["fork 1", "fork 2", "LoRA", "widened", "grow 2", "grow 4", "grow 2, top"]
     for arm in [*ARMS, *keeping()]:
         if arm.name in [*names, "grow 2 + generated 1"]:
             yield arm._replace(name=f"{arm.name}, equal operations", lr_of=arm.name, equal=True)
@@ -140,6 +144,7 @@ LARGE_ARMS = [
     Arm("full + generated 1", GENERATED, base=LARGE, lr_of="full"),
     Arm("widened", change=controls.widen, base=LARGE),
     Arm("grow 2, top", growth(2, "top"), base=LARGE),
+    Arm("grow 2, upper", growth(2, "upper"), base=LARGE),
 ]
 
 
@@ -147,7 +152,7 @@ def sections():
     """{title: its arms}, in the order of what they tell, so that a study that was stopped tells most."""
     return {
         "Learning and forgetting": ARMS,
-        "Keeping the old in one network": list(keeping()),
+        "Keeping the old in one network": keeping(),
         "A larger network": LARGE_ARMS,
         "More rows to keep it": list(more_rows()),
         "At equal operations": list(equal_operations()),
@@ -184,29 +189,35 @@ class Study(NamedTuple):
         """The folder of a base, trained if need be."""
         out = self.out / f"base-{name}"
         with data.lock(out / "made"):
-            if not (out / "model").exists():
+            if not (out / "model" / "config.json").exists():  # which is written last
                 with open(out / "stdout.txt", "a") as file, contextlib.redirect_stdout(file):
                     words = f"{BASES[name]} {self.words} --out={out} --resume=auto"
                     train.main(["pretrain", *words.split()])
         return out / "model"
 
+    def words_of(self, arm, lr, seed):
+        """The options of a run. Its base is named by the folder of its file."""
+        words = f"{PLAIN} {arm.words} --lr={lr} --seed={seed} {self.words}".split()
+        if arm.equal:
+            full, own = (self.run(of, self.lr(of), 0) for of in (arm_named("full", arm.base), parent(arm)))
+            words.append(f"--max_steps={round(own['steps'] * full['flops'] / own['flops'])}")
+        return words
+
     def run(self, arm, lr, seed):
         """A run's figures: from its file, or made."""
-        path = self.file(arm, lr, seed)
-        if path.exists() or not self.trains:
-            return json.loads(path.read_text())
-        with data.lock(path.with_suffix(".lock")):  # another process may be at it
-            if not path.exists():
-                words = f"{PLAIN} {arm.words} --lr={lr} --seed={seed} {self.words}"
-                if arm.equal:
-                    full, own = (self.run(of, self.lr(of), 0) for of in (arm_named("full"), parent(arm)))
-                    words += f" --max_steps={round(own['steps'] * full['flops'] / own['flops'])}"
-                words += f" --init={self.base(arm.base)}"
-                found = run(train.parse(["demo", *words.split()]), arm.change)
-                with data.replacing(path) as file:
-                    file.write(json.dumps({"name": arm.name, "lr": lr, "seed": seed, **found}).encode())
-                print(f"{path.stem}: learn {found['learn']:.4f}, {found['seconds']:.0f} s", flush=True)
-        return json.loads(path.read_text())
+        path, words = self.file(arm, lr, seed), self.words_of(arm, lr, seed)
+        if not path.exists() and self.trains:
+            with data.lock(path.with_suffix(".lock")):  # another process may be at it
+                if not path.exists():
+                    found = run(train.parse(["demo", *words, f"--init={self.base(arm.base)}"]), arm.change)
+                    found = {"name": arm.name, "lr": lr, "seed": seed, "words": words, **found}
+                    with data.replacing(path) as file:
+                        file.write(json.dumps(found).encode())
+                    print(f"{path.stem}: learn {found['learn']:.4f}, {found['seconds']:.0f} s", flush=True)
+        found = json.loads(path.read_text())
+        if found["words"] != words:
+            raise data.UserError(f"{path} is of a run with other options: remove it")
+        return found
 
     def lr(self, arm):
         """The peak of its cosine: better than half and double of it by validation loss on the new text."""
@@ -224,8 +235,8 @@ class Study(NamedTuple):
 
 
 def count_flops(objective, x, y):
-    """Of a step, as torch counts: by the rules of grow.count_flops. (The counter does not know every fused
-    kernel of attention, but plain products.)"""
+    """Of one step, counted by torch, with attention in plain products: it does not know every fused kernel.
+    (What is done once, before the first step, is not counted: generated text, the Fisher of EWC.)"""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         torch.autograd.grad(sum(objective(x, y)), grow.trainable(objective.model))
     return counter.get_total_flops()
@@ -238,7 +249,7 @@ def generated_text(init, count, seed):
 
 def run(o, change=None):
     """Train with options `o` of train.py in a plain loop, the network changed by `change` before, and return
-    the figures: all in nats per token, "val" on new validation text, the others on test."""
+    the figures. Losses are in nats per token, "val" on new validation text, the others on test."""
     began, T = time.perf_counter(), o.block_size
     device, _ = ev.choose_machine("cpu", "float32")
     base, model = train.start_model(o), train.start_model(o)
@@ -308,30 +319,52 @@ def mean(runs, key):
     return statistics.mean(figures(found)[key] for found in runs)
 
 
+def sd(runs, key):
+    return statistics.stdev(figures(found)[key] for found in runs) if len(runs) > 1 else 0.0
+
+
 def sigma(runs_of, key):
-    """Standard deviation of a run among seeds, pooled over the arms {name: runs} that have several."""
-    several = [[figures(found)[key] for found in runs] for runs in runs_of.values() if len(runs) > 1]
-    return math.sqrt(statistics.mean(map(statistics.variance, several))) if several else math.nan
+    """Standard deviation among seeds, pooled over the arms {name: runs} that have several."""
+    several = [sd(runs, key) ** 2 for runs in runs_of.values() if len(runs) > 1]
+    return math.sqrt(statistics.mean(several)) if several else math.nan
 
 
 def differs(runs, others, key, sigma):
-    """The difference of two arms' means, or "=" where it is not beyond two of its standard deviations."""
+    """The difference of two arms' means; "=" where it is within two of its own standard deviations, an arm
+    varying as its seeds do or as all arms do, whichever is more."""
     d = mean(runs, key) - mean(others, key)
-    return f"{d:+.3f}" if abs(d) > 2 * sigma * math.sqrt(1 / len(runs) + 1 / len(others)) else "="
+    own = math.sqrt(sum(max(sd(some, key), sigma) ** 2 / len(some) for some in (runs, others)))
+    return f"{d:+.3f}" if abs(d) > 2 * own else "="
 
 
 def arms_table(arms, runs_of, sigmas):
-    """Of arms whose runs are in {name: runs}; in brackets differences to full fine-tuning."""
+    """Of arms whose runs are in {name: runs}; in brackets differences to full fine-tuning of that length."""
     rows = []
     for arm in arms:
         runs = runs_of[arm.name]
+        full = runs_of.get("full, long" if arm.name.endswith(", long") else "full", runs)
         row = {"arm": arm.name, "lr": f"{runs[0]['lr']:g}", "seeds": len(runs), "steps": runs[0]["steps"]}
         row |= {key: f"{runs[0][key]:,}" for key in ("trainable", "stored")}
         row["TFLOP"] = f"{runs[0]['flops'] / 1e12:.2f}"
-        for key, sd in sigmas.items():
+        for key in sigmas:
             row[key] = f"{mean(runs, key):{'+' * ('forgets' in key)}.3f}"
-            row[key] += f" ({differs(runs, runs_of['full'], key, sd)})" * (key in ("learn", "forgets"))
+            if key in ("learn", "forgets"):
+                row[key] += f" ± {sd(runs, key):.3f}" if len(runs) > 1 else ""
+                row[key] += f" ({differs(runs, full, key, sigmas[key])})"
         rows.append(row)
+    return ev.table(rows)
+
+
+def rates_table(study, arms):
+    """What each arm's search found, with seed 0: the rate that learns most is not the one that keeps most."""
+    rows = []
+    for arm in arms:
+        for lr in [0.001 * 2**k for k in range(8)]:
+            if arm.lr_of is None and study.file(arm, lr, 0).exists():
+                found = study.run(arm, lr, 0)
+                kept = found["retain"] - found["retain_before"]
+                row = {"arm": arm.name, "lr": f"{lr:g}", "validation": f"{found['val']:.3f}"}
+                rows.append(row | {"learn": f"{found['learn']:.3f}", "forgets": f"{kept:+.3f}"})
     return ev.table(rows)
 
 
@@ -357,17 +390,21 @@ def write(study):
     runs_by_base = {base: read(study, base) for base in BASES}
     for title, arms in sections().items():
         runs_of = runs_by_base[arms[0].base] if arms else {}
-        arms = [arm for arm in arms if arm.name in runs_of]
+        wanted, arms = len(arms), [arm for arm in arms if arm.name in runs_of]
         if not arms or "full" not in runs_of:
             continue
         sigmas = {key: sigma(runs_of, key) for key in figures(runs_of["full"][0])}
         before = runs_of["full"][0]
         losses = f"new text {before['learn_before']:.3f}, old text {before['retain_before']:.3f}"
-        parts.append(f"""## {title}
+        parts.append(f"""## {title} ({len(arms)} of {wanted} arms)
 
 Base {arms[0].base}: {losses}. Sigma of one run: {", ".join(f"{key} {sd:.3f}" for key, sd in sigmas.items())}.
 
 {arms_table(arms, runs_of, sigmas)}
+""")
+    parts.append(f"""## What the rate does: learning and forgetting at each that was tried, seed 0
+
+{rates_table(study, ARMS)}
 """)
     runs_of = runs_by_base[SMALL]
     rank = rank_correlation(runs_of, "KL on new text", "forgets")
@@ -384,7 +421,7 @@ Over the {len(runs_of)} arms on base {SMALL} their rank correlation (Spearman) i
 # What the pictures show, {arm: color}: the methods as they are, and with what keeps the old.
 PICTURED = {"full": "C3", "fork 2": "C1", "LoRA": "C4", "widened": "C5", "grow 2": "C0", "grow 4": "C0"}
 PICTURED |= {f"{method} + generated 1": color for method, color in (("full", "C3"), ("grow 2", "C0"))}
-PICTURED |= {f"full + {keep}": "C3" for keep in ("old text 1", "new text 1", "replay 0.25", "EWC 100")}
+PICTURED |= {f"full + {keep}": "C3" for keep in ("old text 1", "new text 1", "replay 0.25", "EWC 1")}
 PLACES = ((8, 0, "left"), (-8, 0, "right"), (0, 10, "center"), (0, -10, "center"), (8, 12, "left"))
 
 
@@ -421,12 +458,18 @@ def picture(runs_of, title, predictor, path):
 
 
 def do(study, arms, workers):
-    """Every run that is missing, an arm at a time in each of `workers` processes."""
-    context = multiprocessing.get_context("spawn")
+    """Every run that is missing, an arm at a time in each of `workers` processes. An arm that fails does not
+    stop the others; its error comes last."""
+    context, errors = multiprocessing.get_context("spawn"), []
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         bases = [pool.submit(study.base, name) for name in dict.fromkeys(arm.base for arm in arms)]
-        for future in [*bases, *[pool.submit(study.do, arm) for arm in arms]]:
-            future.result()
+        try:
+            for future in [*bases, *[pool.submit(study.do, arm) for arm in arms]]:
+                errors += [future.exception()] * (future.exception() is not None)
+        except BaseException:  # Ctrl-C: nothing more is begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return errors
 
 
 def main(argv):
@@ -435,9 +478,10 @@ def main(argv):
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--tables", action="store_true", help="run nothing")
     a = p.parse_args(argv)
-    if not a.tables:
-        do(Study(a.out), all_arms(), a.workers)
+    errors = [] if a.tables else do(Study(a.out), all_arms(), a.workers)
     write(Study(a.out))
+    if errors:
+        raise errors[0]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import study
 import torch
 from conftest import old_text, table
 
+import data
 import eval as ev
 import grow
 import train
@@ -99,8 +100,13 @@ def test_figures():
     a, b, c = runs(1.0, 1.2, 1.1), runs(1.1, 1.5), runs(9)
     sigma = study.sigma({"a": a, "b": b, "c": c}, "learn")
     assert sigma == pytest.approx(math.sqrt((0.01 + 0.08) / 2))  # sample variances; c has none
-    assert study.differs(a, b, "learn", 0.1) == "-0.200"  # beyond 2 * 0.1 * sqrt(1/3 + 1/2) = 0.183
-    assert study.differs(a, b, "learn", 0.11) == "="
+    # b varies by 0.283, a by 0.1 or, where all arms do, by more; c's one run by what all do
+    assert (
+        study.differs(a, runs(0.6, 0.8), "learn", 0.1) == "+0.400"
+    )  # 2 sqrt(0.1^2 / 3 + 0.141^2 / 2) = 0.231
+    assert study.differs(a, runs(0.6, 0.8), "learn", 0.3) == "="  # 2 sqrt(0.3^2 / 3 + 0.3^2 / 2) = 0.548
+    assert study.differs(a, b, "learn", 0.1) == "="  # 2 sqrt(0.1^2 / 3 + 0.283^2 / 2) = 0.416
+    assert study.differs(c, a, "learn", 0.1) == "+7.900"
     up = {name: [dict(run, learn_kl=run["learn"]) for run in found] for name, found in (("a", a), ("c", c))}
     assert study.rank_correlation(up, "learn", "KL on new text") == pytest.approx(1)
 
@@ -111,7 +117,7 @@ def test_the_whole_study_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "BASES", {study.SMALL: "--n_layer=2 --n_embd=16"})
     named = {arm.name: arm for arm in study.all_arms() if arm.base == study.SMALL}
     one_seed = "full + new text 0.3"
-    chosen = ["full", "fork 2", "LoRA", "widened", "grow 2", "full + new text 1", one_seed]
+    chosen = ["full", "fork 2", "LoRA", "widened, copied", "grow 2", "full + new text 1", one_seed]
     equal = named["grow 2, equal operations"]
     sections = {"Learning and forgetting": [named[name] for name in chosen], "Equal": [equal], "Missing": []}
     monkeypatch.setattr(study, "sections", lambda: sections)
@@ -132,10 +138,16 @@ def test_the_whole_study_runs(tmp_path, monkeypatch):
     found = {row["arm"]: row for row in table(text, "KL on new text")}
     assert found.keys() == runs_of.keys() - {equal.name} and equal.name in text and "nan" not in text
     mean = statistics.mean(found["learn"] for found in runs_of["LoRA"])
-    assert found["LoRA"]["learn"].startswith(f"{mean:.3f} (") and found["full"]["learn"].endswith("(=)")
+    assert found["LoRA"]["learn"].startswith(f"{mean:.3f} ± ") and found["full"]["learn"].endswith("(=)")
+    (full,) = [row for row in table(text, "validation") if row["arm"] == "full"]
+    assert full["validation"] == f"{runs_of['full'][0]['val']:.3f}" and full["lr"] == "0.008"
     assert all((tmp_path / f"study-{name}.png").exists() for name in ("alone", "mixed"))
     monkeypatch.setattr(study, "run", None)  # all is there, and nothing is done again
     assert [tiny.do(arm) for arm in study.all_arms()] == list(runs_of.values())
     tiny.file(named["LoRA"], 0.008, 1).unlink()
     study.write(tiny)  # what is missing is left out
-    assert "LoRA" not in (tmp_path / "tables.md").read_text()
+    text = (tmp_path / "tables.md").read_text()
+    assert "LoRA" not in text.partition("## What the rate does")[0] and "(6 of 7 arms)" in text
+    monkeypatch.setattr(study, "PLAIN", "--max_growths=0")
+    with pytest.raises(data.UserError, match="full-0.008-0.json"):  # it was made by other words
+        tiny.do(named["full"])
