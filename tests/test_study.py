@@ -3,6 +3,7 @@ nothing at first and leaves the rest alone, its figures are what they say, and t
 
 import math
 import statistics
+from functools import partial
 
 import controls
 import pytest
@@ -49,20 +50,23 @@ def test_plain_loop_trains_as_train(tmp_path, base, words):
     assert found["stored"] == result["parameters"] if kept else found["stored"] > result["parameters"]
 
 
-@pytest.mark.parametrize("change", ["fork", "lora", "widen", "copied"])
+CHANGES = {
+    "fork": partial(controls.fork, blocks=[1, 3]),
+    "LoRA": controls.lora,
+    "widened": controls.widen,
+    "widened, copied": partial(controls.widen, copied=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_added_changes_nothing_at_first_and_leaves_the_rest_alone(change):
     torch.manual_seed(0)
     config = GPTConfig(257, 32, 4, 32, (0,) * 4)
     before, model = GPT(config), GPT(config)
     model.load_state_dict(before.state_dict())
     x = torch.randint(257, (2, 32))
-    {
-        "fork": lambda: controls.fork(model, [1, 3]),
-        "lora": lambda: controls.lora(model),
-        "widen": lambda: controls.widen(model),
-        "copied": lambda: controls.widen(model, copied=True),
-    }[change]()
-    rounding = 1e-5 if change == "copied" else 0  # two halves add up
+    CHANGES[change](model)
+    rounding = 1e-5 if change == "widened, copied" else 0  # two halves add up
     assert (model(x)[0] - before(x)[0]).abs().max() <= rounding
     trains, C = grow.trainable(model), config.n_embd
     assert sum(p.numel() for p in trains) == pytest.approx(2 * (12 * C * C + 13 * C), rel=0.05)
@@ -70,7 +74,7 @@ def test_what_is_added_changes_nothing_at_first_and_leaves_the_rest_alone(change
     optimizer = grow.make_optimizer(model, 1e-2, 0.1)
     for _ in range(2):
         model(x)[0].square().mean().backward()
-        assert change == "lora" or all(p.grad is not None for p in trains)
+        assert change == "LoRA" or all(p.grad is not None for p in trains)
         optimizer.step()
     now = dict(model.named_parameters())
     assert frozen and all(torch.equal(now[name], p) for name, p in frozen.items())
