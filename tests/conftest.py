@@ -31,10 +31,7 @@ import data
 from model import GPT, GPTConfig
 
 _bpe = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "/nowhere")) / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
-needs_tiktoken = pytest.mark.skipif(
-    not _bpe.exists(), reason="GPT-2's tokenizer files are not in TIKTOKEN_CACHE_DIR"
-)
-
+needs_tiktoken = pytest.mark.skipif(not _bpe.exists(), reason="no tokenizer of GPT-2 in TIKTOKEN_CACHE_DIR")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 

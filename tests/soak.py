@@ -1,7 +1,6 @@
 """The long form of the kill test: SIGKILL a run at random moments, resume it, compare the end bitwise.
 
-python tests/soak.py --kills 50
-"""
+python tests/soak.py --kills 50"""
 
 import argparse
 import tempfile

@@ -96,26 +96,23 @@ def test_options_that_are_accepted(text, tmp_path, options):
     assert rows(tmp_path / "run", "result")
 
 
-@pytest.mark.parametrize("main, argv", [(train.main, []), (ev.main, ["gpt2", "--prompt=x"])])
-def test_a_device_that_is_not_there_is_refused_first(main, argv, monkeypatch):
+MISSING = [  # what is not there, and what must be named: of a relative path, the absolute one
+    (train.main, "--device=cuda", "--device"),
+    (train.main, "--dataset=nothing.txt", "{here}/nothing.txt"),
+    (train.main, "--init=nowhere", "{here}/nowhere"),
+    (train.main, "--out=nowhere --resume", "{here}/nowhere"),
+    (ev.main, "gpt2 --prompt=x --device=cuda", "--device"),
+    (ev.main, "nowhere", "{here}/nowhere"),
+    (ev.main, "nowhere --dataset=nothing.txt", "{here}/nothing.txt"),
+]
+
+
+@pytest.mark.parametrize("main, words, named", MISSING)
+def test_what_is_not_there_is_named_and_nothing_is_downloaded(tmp_path, monkeypatch, main, words, named):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(data, "fetch", lambda *args, **more: pytest.fail("it went to the network"))
-    refused(lambda: main([*argv, "--device=cuda"]), "--device")
-
-
-@pytest.mark.parametrize(
-    "main, argv, name",
-    [
-        (train.main, ["--dataset=nothing.txt"], "nothing.txt"),
-        (train.main, ["--init=nowhere"], "nowhere"),
-        (train.main, ["--out=nowhere", "--resume"], "nowhere"),
-        (ev.main, ["nowhere"], "nowhere"),
-        (ev.main, ["nowhere", "--dataset=nothing.txt"], "nothing.txt"),
-    ],
-)
-def test_a_relative_path_that_failed_is_shown_absolute(tmp_path, monkeypatch, main, argv, name):
     monkeypatch.chdir(tmp_path)
-    refused(lambda: main(argv), str(tmp_path / name))
+    refused(lambda: main(words.split()), named.format(here=tmp_path))
 
 
 # ----- what a run says -----

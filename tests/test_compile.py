@@ -4,10 +4,11 @@ import functools
 import os
 import shutil
 
+import conftest
 import pytest
 import torch
 import torch._inductor.config
-from conftest import BYTES, DEVICES, SCRATCH, TINY, old_text, tiny_gpt, typed
+from conftest import BYTES, DEVICES, old_text, tiny_gpt
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
@@ -18,10 +19,9 @@ import train
 from model import GPT
 
 pytestmark = pytest.mark.usefixtures("own_dynamo")
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None,
-    reason="torch.compile needs a C++ compiler on the CPU, and there is none here",
-)
+arguments = functools.partial(conftest.arguments, retain="none", lr=1e-3, eval_every=1, compile="1")
+no_compiler = all(shutil.which(name) is None for name in (os.environ.get("CXX", "g++"), "clang++"))
+needs_compiler = pytest.mark.skipif(no_compiler, reason="there is no C++ compiler, which torch.compile needs")
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +40,6 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-def arguments(text, out, **changes):
-    more = dict(dataset=text, retain="none", lr=1e-3, eval_every=1, compile="1")
-    return typed(**{**SCRATCH, **TINY, **more, **changes, "out": out})
-
-
 def compiled_network(layers=1, device="cpu"):
     """A small network and its objective, compiled as train.py does it, and a batch."""
     ev.choose_compile("1", torch.device(device))
@@ -57,7 +52,6 @@ def compiled_network(layers=1, device="cpu"):
 
 SETTINGS = {
     "card": {},
-
     "distilled from step 0": dict(first_growth=0, kd_weight=1.0, grad_accum=2, dtype="bfloat16"),
     "old text, dropout": dict(
         where="bottom", freeze="older", block_init="fresh", retain="old", ewc_lambda=1.0, ewc_batches=2,
@@ -167,7 +161,6 @@ def test_a_compiled_run_is_that_of_an_eager_one(text, tmp_path, monkeypatch, dev
     for a, b in zip(eager["step"], compiled["step"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
     assert [e["learn_before"] for e in compiled["event"]] == [e["learn_after"] for e in compiled["event"]]
-
     names = set(tiny_gpt((0,) * 3, BYTES, n_embd=16).state_dict())
     assert set(data.load_checkpoint(tmp_path / "compiled/ckpt.pt")["model"]) == names
     for file in (tmp_path / "compiled").rglob("*.*"):

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("own_dynamo")
 
 # ----- the same on every device -----
 
-
 RUNS = {
     "as the program chooses": dict(dtype="auto"),
     "loss scaler": dict(dtype="float16"),

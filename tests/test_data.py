@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BYTES, ROOT, SHARED, joined, needs_tiktoken
+from conftest import BYTES, ROOT, SHARED, joined, needs_tiktoken, refused
 
 import data
 import train
@@ -67,8 +67,7 @@ def test_debug_batch_of_llm_c():
 def test_what_no_tokenizer_knows():
     """A sample may stop inside a character: that raises nothing. A vocabulary of another size is refused."""
     assert data.decode("\N{SNOWMAN}".encode()[:2], BYTES) == "\N{REPLACEMENT CHARACTER}"
-    with pytest.raises(data.UserError, match="50,258"):
-        data.encode("a", 50258)
+    refused(lambda: data.encode("a", 50258), "50,258")
 
 
 # ----- token files -----
@@ -169,8 +168,7 @@ def test_shortest_text_is_accepted(tmp_path):
     tokens = data.load(str(path), BYTES, 82)
     assert [len(tokens[split]) for split in ("train", "val", "test")] == [165, 9, 6]
     assert data.batch(tokens["train"], 82, 5, 3, 0)[0].shape == (5, 82)
-    with pytest.raises(data.UserError, match="short.txt.* train .*165 .* 167 "):
-        data.load(str(path), BYTES, 83)
+    refused(lambda: data.load(str(path), BYTES, 83), "short.txt", " train ", "165 ", " 167 ")
 
 
 def test_name_of_no_text(tmp_path, monkeypatch):
@@ -181,8 +179,7 @@ def test_name_of_no_text(tmp_path, monkeypatch):
             read("wikitext3")
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / "a.rst").write_text("text\n" * 99)
-    with pytest.raises(data.UserError, match=rf"{tmp_path}/manual .*\.txt, \.md, \.py"):
-        data.check_name("manual")
+    refused(lambda: data.check_name("manual"), f"{tmp_path}/manual ", ".txt, .md, .py")
 
 
 def test_built_in_name_that_is_here_too(tmp_path, monkeypatch, capsys):
@@ -269,8 +266,7 @@ def test_log_is_strict_json(tmp_path):
             with pytest.raises(ValueError, match="JSON"):
                 data.write_jsonl(path, [*rows, {"loss": {"base": bad}}], mode)
         (tmp_path / "bad.jsonl").write_text(json.dumps({"loss": bad}))
-        with pytest.raises(data.UserError, match="bad.jsonl, line 1"):
-            data.read_jsonl(tmp_path / "bad.jsonl")
+        refused(lambda: data.read_jsonl(tmp_path / "bad.jsonl"), "bad.jsonl, line 1")
     assert data.read_jsonl(path) == [*rows, {"kind": "eval"}]
 
 

@@ -10,18 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import BYTES, ROOT, SCRATCH, TINY, old_text, tiny_gpt, typed, write_words
+from conftest import BYTES, ROOT, SCRATCH, tiny_gpt, write_words
 
 import data
 import eval as ev
 import train
 
 # Three batches of validation windows, and one of test windows: ranks have unequal parts, or none.
-WINDOWS = dict(eval_windows=10, test_windows=3)
-OPTIONS = SCRATCH | TINY | WINDOWS | dict(lr=1e-3, save_every=100)
+OPTIONS = dict(eval_windows=10, test_windows=3, lr=1e-3, save_every=100)
 RUNS = {
     "schedule": dict(grad_accum=2),
     # A loss that must fall by 1e9 never does, so the plateau's growths come after `patience` steps.
@@ -33,12 +33,9 @@ RUNS = {
 
 
 def arguments(folder, out, *words, **more):
-    text = write_words(folder)
-    texts = dict(dataset=text, retain=old_text(text))
-    options = {**OPTIONS, **texts, **more, "out": f"{folder}/{out}"}
-    if options["init"] == "net":
-        options["init"] = f"{folder}/net"
-    return typed(*words, **options)
+    if more.get("init") == "net":
+        more["init"] = f"{folder}/net"
+    return conftest.arguments(write_words(folder), f"{folder}/{out}", *words, **OPTIONS | more)
 
 
 def be_quick():
@@ -172,5 +169,5 @@ def test_torchrun(runs, tmp_path, device):
 @pytest.mark.parametrize("more, named", [(dict(batch_size=3), "batch_size"), (dict(dropout=0.1), "dropout")])
 def test_what_ranks_cannot_share_is_refused(tmp_path, more, named):
     """Other numbers of rows would weigh them differently in the mean, and each rank would drop out others."""
-    with pytest.raises(data.UserError, match=f"--{named}"):
-        train.check(train.parse(arguments(tmp_path, "run", **more)), world=2)
+    argv = arguments(tmp_path, "run", **more)
+    conftest.refused(lambda: train.check(train.parse(argv), world=2), f"--{named}")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BYTES, TINY, rows, table, tiny_gpt, typed, write_words
+from conftest import BYTES, TINY, refused, rows, table, tiny_gpt, typed, write_words
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -350,5 +350,5 @@ def test_unfinished_runs(coarse, tmp_path):
 
 def test_plot_needs_matplotlib_and_says_so(coarse, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(data.UserError, match="pip install matplotlib"):
-        ev.main([str(coarse / "run"), f"--plot={tmp_path / 'plot.png'}"])
+    argv = typed(coarse / "run", plot=tmp_path / "plot.png")
+    refused(lambda: ev.main(argv), "pip install matplotlib")

@@ -1,6 +1,5 @@
 """Damaged files. Seeded mutations of a good small file per reader: each must end in a ValueError that names
-the file, or in exactly what the good file holds. `pytest -s tests/test_fuzz.py` prints the counts.
-"""
+the file, or in exactly what the good file holds. `pytest -s tests/test_fuzz.py` prints the counts."""
 
 import shutil
 from collections import Counter

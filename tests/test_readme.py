@@ -6,7 +6,7 @@ import shlex
 import signal
 
 import pytest
-from conftest import ROOT, on_step
+from conftest import ROOT, on_step, typed
 
 import data
 import eval as ev
@@ -38,8 +38,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(train.PRESETS, "pretrain", train.PRESETS["pretrain"] | PRETRAIN)
-        small = [f"--{name}={value}" for name, value in SMALL.items()]
-        train.main(["demo", *small, "--grow_every=1", "--out=out/demo"])
+        train.main(typed("demo", **SMALL, grow_every=1, out="out/demo"))
         yield folder
 
 
@@ -51,7 +50,7 @@ def test_the_base_is_named_by_the_command_that_makes_it(home):
 def test_the_demo_goes_on_after_a_stop_in_the_training_of_its_base(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train.PRESETS, "pretrain", train.PRESETS["pretrain"] | PRETRAIN)
-    demo = ["demo", *(f"--{name}={value}" for name, value in SMALL.items())]
+    demo = typed("demo", **SMALL)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         on_step(patch, lambda step: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
         train.main(demo)
@@ -78,7 +77,7 @@ def test_every_command_runs(command, home, tmp_path, monkeypatch, capsys):
     elif main is train.main and "demo" in words:
         small = SMALL | ({"patience": 2} if "--trigger=plateau" in words else {"grow_every": 1})
         words = [word for word in words if not word.startswith(("--resume", "--out", "--patience"))]
-        main([*words, *(f"--{name}={value}" for name, value in small.items()), f"--out={tmp_path / 'run'}"])
+        main(typed(*words, **small, out=tmp_path / "run"))
         assert ev.read_run(tmp_path / "run")["result"]
     elif main is train.main or SIZES.keys() & set(words):
         monkeypatch.setattr(GPT, "from_pretrained", begin)

@@ -49,7 +49,6 @@ def anew():
 
 # ----- 1. Numbers that are wrong without a word -----
 
-
 VOCABULARIES = {  # what somebody made of it: whether the network can be used
     "re-serialised": (lambda v: dict(sorted(v.items(), reverse=True)), True),
     "without end of text": (lambda v: {token: i for token, i in v.items() if token != data.EOT}, True),
@@ -158,8 +157,8 @@ def test_a_write_that_fails_leaves_what_was_there(net, monkeypatch, fails, writt
 
 def arguments(folder, **changes):
     """A run that lasts until it is stopped."""
-    texts = dict(dataset=write_words(folder), retain="none", out=folder / "run")
-    return typed(**TINY | SCRATCH | PLAIN | texts | dict(max_steps=1_000_000, eval_every=1_000_000) | changes)
+    options = PLAIN | dict(retain="none", max_steps=1_000_000, eval_every=1_000_000) | changes
+    return c.arguments(write_words(folder), folder / "run", **options)
 
 
 def test_a_run_survives_its_terminal_and_its_reader(tmp_path):
@@ -312,7 +311,7 @@ def only(name, raw=b"PK"):
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
 SCORE = {"score.weight": torch.ones(2, 16)}
-BIAS = "h.1.mlp.c_fc.bias"
+BIAS, HEAD = "h.1.mlp.c_fc.bias", "lm_head.weight"
 WRONG = dict(model_type="llama", activation_function="relu", tie_word_embeddings=False, n_head=3, n_embd=None)
 NETWORKS = {  # what is done to the folder of a network: what must be said; nothing if it is the same network
     "divided": (divided, []),
@@ -337,10 +336,7 @@ NETWORKS = {  # what is done to the folder of a network: what must be said; noth
     "transposed": (tensor("h.0.attn.c_attn.weight", lambda p: p.t().contiguous()), ["c_attn.weight"]),
     "float64": (tensor(BIAS, torch.Tensor.double), [f"{BIAS} is stored as F64"]),
     "uint8": (tensor(BIAS, torch.Tensor.byte), [f"{BIAS} is stored as U8"]),  # read as masks only
-    "a head of its own": (
-        tensors(lambda t: t | {"lm_head.weight": t["wte.weight"] + 1e-6}),
-        ["lm_head.weight is not wte.weight"],
-    ),
+    "its own head": (tensors(lambda t: t | {HEAD: t["wte.weight"] + 1e-6}), [f"{HEAD} is not wte.weight"]),
     "a classifier": (tensors(lambda t: t | SCORE), ["score.weight", "GPT2LMHeadModel"]),
     "layers were cut": (config(n_layer=2), ["config.json", "delete generation and versions"]),
 }

@@ -350,7 +350,6 @@ def test_operations(inputs, tmp_path, case):
 
 # ----- eval.py: each option changes what it names -----
 
-
 MEASURED = [{}, dict(split="train", windows=7), dict(split="test", block_size=8, windows=40)]
 
 

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import BYTES, PLAIN, SCRATCH, arguments, in_fork, on_step, rows, steps_of, tiny_gpt
+from conftest import BYTES, PLAIN, SCRATCH, arguments, in_fork, on_step, refused, rows, steps_of, tiny_gpt
 
 import data
 import eval as ev
@@ -138,8 +138,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path):
     data.save_checkpoint(path, {"w": torch.ones(10)})
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="ckpt.pt"):
-            data.save_checkpoint(path, {"w": torch.ones(100_000)})
+        refused(lambda: data.save_checkpoint(path, {"w": torch.ones(100_000)}), "ckpt.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(data.load_checkpoint(path)["w"]) == 10 and list(tmp_path.iterdir()) == [path]
@@ -206,8 +205,7 @@ def test_the_clock_counts_training_and_goes_on_after_a_stop(text, tmp_path, monk
 def test_resume_refuses_options_that_make_another_run(text, tmp_path):
     options = dict(max_growths=1, kd_weight=1.0, kd_on="retain", kd_rows=2, lr_schedule="cosine")
     train.main(arguments(text, tmp_path / "run", **options))
-    with pytest.raises(UserError, match="--resume"):
-        train.main(arguments(text, tmp_path / "run", **options))
+    refused(lambda: train.main(arguments(text, tmp_path / "run", **options)), "--resume")
     changes = dict(lr=0.5, seed=1, batch_size=8, kd_rows=4, freeze="none", max_steps=6)
     for change in [*changes.items(), ("max_steps", 14)]:  # a cosine has one end
         with pytest.raises(UserError, match=change[0]):
@@ -305,8 +303,7 @@ def test_nothing_that_is_no_number_gets_into_a_checkpoint(text, tmp_path, monkey
 
     monkeypatch.setattr(grow.Objective, "losses", poisoned)
     rarely = dict(save_every=3, log_every=1000, eval_every=1000)
-    with pytest.raises(UserError, match="not finite"):
-        train.main(arguments(text, tmp_path / "run", **PLAIN, **rarely))
+    refused(lambda: train.main(arguments(text, tmp_path / "run", **PLAIN, **rarely)), "not finite")
     saved = checkpoint(tmp_path / "run")
     assert saved["step"] == 3 and all(w.isfinite().all() for w in saved["model"].values())
 
@@ -315,8 +312,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(text, tmp_path, monk
     """The step's own loss may be finite while the weights that it leaves are not."""
     losses = iter([4.0, 4.0, float("nan"), 4.0])  # of two texts, at steps 0 and 2
     on_validation(monkeypatch, lambda loss: next(losses))
-    with pytest.raises(UserError, match="not finite"):
-        train.main(arguments(text, tmp_path / "run"))
+    refused(lambda: train.main(arguments(text, tmp_path / "run")), "not finite")
     assert steps_of(tmp_path / "run", "eval") == [0]
 
 
