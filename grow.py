@@ -289,10 +289,11 @@ def optimizer_state(model, optimizer):
 
 
 def load_optimizer_state(model, optimizer, state):
-    """The reverse, of what trains; a fused optimizer keeps `step` on the parameter's device, too."""
-    for name, p in model.named_parameters():
-        if name in state and p.requires_grad:
-            optimizer.state[p] = {k: v.to(p.device) for k, v in state[name].items()}
+    """The reverse, of what trains. Only a fused optimizer keeps `step`, too, on the parameter's device."""
+    fused = optimizer.defaults.get("fused")
+    for n, p in model.named_parameters():
+        if n in state and p.requires_grad:
+            optimizer.state[p] = {k: v.to(p.device) if fused or v.dim() else v for k, v in state[n].items()}
 
 
 # ----- Keeping the old: distillation and EWC -----
@@ -434,9 +435,8 @@ def count_flops(objective, rows, distilled, T):
     matrices, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V  # of a row, forward
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.h]
     whole = model.wte.weight.requires_grad
-    lowest = 0 if whole else trains.index(True)
     row = head * (2 + whole) + model.config.n_layer * (matrices + attention)
-    for block_trains in trains[lowest:]:
+    for block_trains in trains[0 if whole else trains.index(True) :]:
         row += matrices * (1 + block_trains) + 2 * attention
     flops = (rows + distilled) * row
     if teacher is not None:
