@@ -140,6 +140,9 @@ def test_freeze(policy):
     optimizer = train_steps(model, 3)
     assert all(torch.equal(named[n], value) and named[n].grad is None for n, value in frozen.items())
     assert {id(p) for p in optimizer.state} == {id(p) for p in grow.trainable(model)}
+    grow.freeze(model, "older")  # what froze leaves the optimizer, too
+    kept = grow.make_optimizer(model, 1e-3, 0.1, optimizer).state
+    assert {id(p) for p in kept} == {id(p) for p in grow.trainable(model)}
     grow.freeze(model, "base")
     grow.freeze(model, "none")
     assert all(p.requires_grad for p in model.parameters())
