@@ -112,8 +112,10 @@ def test_figures():
     assert study.differs(a, runs(0.6, 0.8), "learn", 0.3) == "="  # 2 sqrt(0.3^2 / 3 + 0.3^2 / 2) = 0.548
     assert study.differs(a, b, "learn", 0.1) == "="  # 2 sqrt(0.1^2 / 3 + 0.283^2 / 2) = 0.416
     assert study.differs(c, a, "learn", 0.1) == "+7.900"
-    runs_of = {"full": c, "full, long": runs(5, 5), "grow 4, long": runs(6, 6)}  # what is long, to what is long
-    assert "(+1.000)" in study.arms_table([study.Arm("grow 4, long")], runs_of, {"learn": 0.1})
+    runs_of = {"full": c, "full, long": runs(5, 5), "grow 4, long": runs(6, 6)}
+    assert "(+1.000)" in study.arms_table(
+        [study.Arm("grow 4, long")], runs_of, {"learn": 0.1}
+    )  # long to long
     up = {name: [dict(run, learn_kl=run["learn"]) for run in found] for name, found in (("a", a), ("c", c))}
     assert study.rank_correlation(up, "learn", "KL on new text") == pytest.approx(1)
 
