@@ -187,14 +187,14 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
         net.eval()
     windows = count_windows(len(tokens), block_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    K, nats, sums = len(nets), {}, {}  # by the number of a batch's first window
+    nats, sums = {}, {}  # by the number of a batch's first window: token by token, and by window
     with torch.compiler.set_stance("force_eager"):  # measuring must not compile shapes of its own
         for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
                 nats[first] = torch.where(y >= 0, token_losses(nets, x, y, kl), 0.0)
             if len(nats) * batch_size >= TOGETHER or first + batch_size >= windows:
-                sums |= window_sums(nats, K)
+                sums |= window_sums(nats, len(nets))
                 nats = {}
     for net in nets:
         net.train(was_training)
@@ -204,6 +204,7 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
         sums = {first: part for one in everyone for first, part in one.items()}
     sums = torch.cat([sums[first] for first in sorted(sums)], 1)[:, :windows]  # (K + 1 or K + 2, windows)
     predicted = min(len(tokens), windows * block_size) - windows
+    K = len(nets)
     mean = (sums.sum(-1) / predicted).tolist()
     worse = (sums - sums[0] > 1).sum(-1).tolist()
     found = {"windows": windows, "losses": mean[:K], "mixed": mean[-1] if K > 1 else None}

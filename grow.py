@@ -112,7 +112,7 @@ def freeze(model, policy):
     model.requires_grad_(policy == "none" or not trains)  # base and older freeze nothing before a growth
     for i in trains:
         model.h[i].requires_grad_(True)
-    model.zero_grad()  # a frozen parameter keeps no gradient
+    model.zero_grad()  # of before: a frozen parameter must keep none
 
 
 def trainable(model):
@@ -145,8 +145,7 @@ def original(model):
 
 def networks(model):
     """Every version that is still inside, the oldest first, and last the model as it is now."""
-    c = model.config
-    return [version(model, g) for g in sorted({*c.versions, max(c.generation)})]
+    return [version(model, g) for g in sorted({*model.config.versions, max(model.config.generation)})]
 
 
 @torch.no_grad()
@@ -261,8 +260,10 @@ def is_due(o, step, evals, events):
         return scheduled(step, o.starts_growing, o.grow_every)
     if step == 0:  # there is no plateau yet, but --first_growth=0 means that the originals never train
         return o.first_growth == 0
+    if step % o.eval_every:  # what follows looks at evaluations, and is asked when there is a new one
+        return False
     history = [(e["step"], e["learn"]) for e in evals if e["step"] % o.eval_every == 0]
-    return step % o.eval_every == 0 and plateau(history, o.patience, o.min_delta, grown_at)
+    return plateau(history, o.patience, o.min_delta, grown_at)
 
 
 # ----- The optimizer over growth -----
@@ -270,8 +271,7 @@ def is_due(o, step, evals, events):
 
 def make_optimizer(model, lr, weight_decay, previous=None):
     """AdamW over what trains now; matrices and embeddings decay. What `previous` knew of a parameter that
-    still trains (its moments, its step) is carried over, by the parameter itself: positions, by which torch's
-    own state_dict goes, shift when a block is inserted."""
+    still trains (its moments, its step) is carried over; a new block starts fresh."""
     params = trainable(model)
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -284,12 +284,12 @@ def make_optimizer(model, lr, weight_decay, previous=None):
 
 
 def optimizer_state(model, optimizer):
-    """{parameter name: {'exp_avg', 'exp_avg_sq', 'step'}}: what a checkpoint keeps."""
+    """{parameter name: its moments and step}. (Positions, by which torch's own goes, shift at a growth.)"""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
 def load_optimizer_state(model, optimizer, state):
-    """The reverse, of what trains. Only a fused optimizer keeps `step`, too, on the parameter's device."""
+    """Put it into an optimizer of what trains. Only a fused one has `step`, too, on a parameter's device."""
     fused = optimizer.defaults.get("fused")
     for n, p in model.named_parameters():
         if n in state and p.requires_grad:
