@@ -335,14 +335,11 @@ def growths(run):
         return "No block was inserted."
     steps = [0, *(e["step"] for e in events), evals[-1]["step"]]
     reached = [*(e["learn_before"] for e in events[1:]), evals[-1]["learn"]]  # just before what came next
-    generation = [0] * start["layers"]  # of each block, at the end
-    for e in events:
-        generation[e["at"] : e["at"]] = [e["generation"]] * (e["layers_after"] - e["layers_before"])
-    rows = []
+    rows, end = [], run["result"]
     for k, e in enumerate(events):
         before, after = e["learn_before"], e["learn_after"]
         slope_before, slope_after = slope(evals, *steps[k : k + 2]), slope(evals, *steps[k + 1 : k + 3])
-        use = [u for u, g in zip(run["result"]["block_use"], generation) if g == e["generation"]]
+        use = [u for u, g in zip(end["block_use"], end["generation"]) if g == e["generation"]]
         row = {"step": e["step"], "layers": f"{e['layers_before']} -> {e['layers_after']}", "at": e["at"]}
         row |= cells(",", {"added": e["parameters_added"], "tokens": e["tokens"]})
         row |= cells(",.2f", {"TFLOP": e["flops"] / 1e12})
@@ -568,8 +565,6 @@ def arguments(argv):
     a.texts = a.dataset.split(",") if a.dataset else []
     for text in a.texts:
         data.check_name(text)
-    if min(a.temperature, a.top_k, a.block_size, a.windows) < 0:
-        p.error("--temperature, --top_k, --block_size and --windows must be 0 or more")
     if a.out and (len(a.names) > 1 or Path(a.out).exists()):
         raise UserError(f"--out={a.out} is for one model, and for a folder that does not exist yet")
     return a
@@ -667,8 +662,9 @@ def run_main(main):
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (RuntimeError, MemoryError) as e:
-        if not data.is_out_of_memory(e):
+    except (RuntimeError, MemoryError) as e:  # torch says that memory is out in several ways
+        phrases = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        if not isinstance(e, MemoryError) and not any(phrase in str(e) for phrase in phrases):
             raise
         sys.exit("error: out of memory: lower --batch_size (in a new run, and raise its --grad_accum)")
 

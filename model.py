@@ -180,14 +180,18 @@ class GPT(nn.Module):
         Raises UserError (a ValueError) that names the file and its fault, OSError if one cannot be read."""
         config = replace(read_config(name_or_folder), dropout=dropout)
         folder = Path(name_or_folder).expanduser().absolute()
-        if name_or_folder in SIZES:
-            folder = fetch_gpt2(name_or_folder)
         with torch.device("meta"):  # shapes only: no memory and no random numbers for what is about to come
             model = cls(config)
+        if name_or_folder in SIZES:
+            folder = fetch_openai_weights(name_or_folder, model)
         if not (folder / "config.json").exists():
             assign_weights(model, read_openai_weights(folder, model), folder / DATA)
-        else:
-            assign_weights(model, read_huggingface_weights(folder), folder / "model.safetensors")
+            return model
+        arrays, written_here = read_huggingface_weights(folder)
+        assign_weights(model, arrays, folder / "model.safetensors")
+        if len(config.versions) > 1 and not written_here:
+            data.tell(f"{folder}: another program wrote the weights, so its last version stands alone")
+            config.versions = config.versions[-1:]
         return model
 
     def save_pretrained(self, folder, card=None):
@@ -276,13 +280,16 @@ def openai_name(name):
     return "/".join(path + ["b" if last == "bias" else "g" if path[-1].startswith("ln_") else "w"])
 
 
+def openai_bytes(model):
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
 def read_openai_weights(folder, model):
     """{our name: float32 array}, mapped from the file, unread.
 
     The Saver writes variables sorted by name and without gaps, so that names and shapes say where each lies
     (the index file beside it says the same; tests/test_model.py compares)."""
-    path, named = folder / DATA, dict(model.named_parameters())
-    size = 4 * sum(p.numel() for p in named.values())
+    path, named, size = folder / DATA, dict(model.named_parameters()), openai_bytes(model)
     if not path.exists() or path.stat().st_size != size:
         raise UserError(f"{path} must be there with {size:,} bytes, 4 for each parameter: fetch it again")
     floats, arrays, begin = np.memmap(path, "<f4", "r"), {}, 0
@@ -310,8 +317,9 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files ca
 
 
 def read_safetensors(path):
-    """{name: array} without masks, mapped from the file, unread. Raises UserError on any damage that shows:
-    our own exports carry the sha256 of their tensors, other files have no checksum."""
+    """{name: array} without masks, mapped from the file, unread, and whether this program wrote it: then its
+    header has the sha256 of its tensors, which others drop when they save. Raises UserError on any damage
+    that shows; without the sha256 that is not all."""
     try:
         with open(path, "rb") as f:
             first = f.read(8)
@@ -341,28 +349,30 @@ def read_safetensors(path):
             arrays[name] = np.memmap(path, dtype, "r", start + begin, shape)
         if last != size:
             raise ValueError(f"the tensors have {last:,} bytes, and the file has {size:,} for them")
-        return arrays
+        return arrays, "sha256" in metadata
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e})") from e
 
 
 def read_huggingface_weights(folder):
-    """{our name: array}: without prefixes and the second copy of wte that some files carry."""
+    """{our name: array}, without prefixes and the second copy of wte that some files carry, and whether this
+    program wrote them."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists() and not (folder / files[0]).exists():  # transformers divides what is large
         files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    stored = {}
+    stored, written_here = {}, False
     for file in files:
         if not (folder / file).exists():
             hint = "load it in transformers and save_pretrained it, which writes that file"
             raise UserError(f"{folder} has no {file}: {hint}")
-        stored |= read_safetensors(folder / file)
+        arrays, written_here = read_safetensors(folder / file)
+        stored |= arrays
     # those of a class around GPT-2, of torch.compile and of DistributedDataParallel
     arrays = {re.sub(r"^(module\.|_orig_mod\.|transformer\.)+", "", name): a for name, a in stored.items()}
     head = arrays.pop("lm_head.weight", None)
     if head is not None and not np.array_equal(head, arrays.get("wte.weight", head)):
         raise UserError(f"{folder}: lm_head.weight is not wte.weight, and GPT-2 has one matrix for both")
-    return arrays
+    return arrays, written_here
 
 
 def write_safetensors(model, f):
@@ -412,8 +422,8 @@ def tokenizer_files(config):
 # ----- Where the weights are, and a model's shape, which is known before they are read -----
 
 OPENAI_URLS = [
-    "https://openaipublic.blob.core.windows.net/gpt-2/models/{size}/{file}",
-    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/{size}/{file}",
+    f"https://openaipublic.blob.core.windows.net/gpt-2/models/{{}}/{DATA}",
+    f"https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/{{}}/{DATA}",
 ]
 SIZES = {  # name: OpenAI's name of it, layers, heads, width
     "gpt2": ("124M", 12, 12, 768),
@@ -426,7 +436,7 @@ SHA256 = {"gpt2": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407
 
 
 def read_config(name_or_folder):
-    """GPTConfig of what from_pretrained would load. Raises UserError."""
+    """GPTConfig of what from_pretrained would load, with all versions that it names. Raises UserError."""
     folder = Path(name_or_folder).expanduser().absolute()
     if name_or_folder in SIZES:
         if folder.exists():
@@ -437,13 +447,8 @@ def read_config(name_or_folder):
     if not path.exists():
         path, vocab_size, block_size = folder / "hparams.json", "n_vocab", "n_ctx"
     if not path.exists():
-        hint = "has no config.json or hparams.json" if folder.is_dir() else "is no folder with weights"
-        if folder.is_file():
-            hint = "is a file: give a folder with config.json and model.safetensors"
-        if (folder / "model" / "config.json").exists():
-            hint = f"is a run, its network is {folder / 'model'}"
         known = f"give one of {', '.join(SIZES)}, or a folder to which transformers saved a GPT-2"
-        raise UserError(f"no model: {folder} {hint} ({known})")
+        raise UserError(f"no config.json in {folder}: {known} (of a run, RUN/model)")
     try:
         h = json.loads(path.read_bytes())
         if "n_ctx" in h:
@@ -461,31 +466,14 @@ def read_config(name_or_folder):
             versions = (*versions, max(generation))
         data.check_tokenizer(folder, h[vocab_size])
         sizes = h[vocab_size], h[block_size], h["n_head"], h["n_embd"]
-        config = GPTConfig(*sizes, generation, versions=versions)
+        return GPTConfig(*sizes, generation, versions=versions)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: {'it lacks ' if isinstance(e, KeyError) else ''}{e}") from e
-    if len(config.versions) > 1 and not written_here(folder / "model.safetensors"):
-        data.tell(f"{folder}: another program wrote the weights, so its last version stands alone")
-        config.versions = config.versions[-1:]
-    return config
 
 
-def written_here(path):
-    """Whether the header has a sha256: every other program drops it when it saves."""
-    if not path.exists():
-        return False
-    with open(path, "rb") as f:
-        return b'"sha256"' in f.read(1 << 20)
-
-
-def fetch_gpt2(name):
-    """A folder with OpenAI's weights, from OpenAI or a mirror. Raises UserError."""
-    size, config = SIZES[name][0], read_config(name)
-    folder = data.cache_dir() / f"gpt2-{size}"
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPT(config).parameters())
-    urls = [url.format(size=size, file=DATA) for url in OPENAI_URLS]
-    data.fetch(urls, folder / DATA, 4 * parameters, SHA256.get(name))
-    shape = {"n_vocab": 50257, "n_ctx": 1024, "n_head": config.n_head, "n_embd": config.n_embd}
-    (folder / "hparams.json").write_text(json.dumps(shape | {"n_layer": config.n_layer}))
-    return folder
+def fetch_openai_weights(name, model):
+    """A folder with OpenAI's data file of this size, from OpenAI or a mirror. Raises UserError."""
+    size = SIZES[name][0]
+    path = data.cache_dir() / f"gpt2-{size}" / DATA
+    data.fetch([url.format(size) for url in OPENAI_URLS], path, openai_bytes(model), SHA256.get(name))
+    return path.parent

@@ -513,7 +513,8 @@ def train(o):
     # From here on the network is finished: a version itself, beside those that are in it as they were.
     versions = (*(model.config.versions if keeps else ()), max(model.config.generation))
     model.config.versions = versions
-    result = {"layers": model.config.n_layer, "versions": versions, **sizes()}
+    result = {"layers": model.config.n_layer, "generation": model.config.generation, "versions": versions}
+    result |= sizes()
     with autocast:
         for key, text in texts.items():
             losses = ev.compare(base, model, text and text["test"], T, o.batch_size, o.test_windows)

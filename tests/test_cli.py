@@ -41,7 +41,6 @@ MISUSED = [  # what argparse refuses, and the word that it must name
     (ev.main, [], "names"),
     (ev.main, ["gpt2", "--prom=x"], "--prom"),  # no abbreviations
     (ev.main, ["gpt2", "--dataset=docs", "--split=all"], "val"),
-    (ev.main, ["gpt2", "--dataset=docs", "--windows=-1"], "--windows"),
 ]
 
 
