@@ -34,9 +34,14 @@ class UserError(ValueError):
     """Something the user can put right: programs print it as one sentence. Bugs keep their traceback."""
 
 
+def need(condition, sentence):
+    if not condition:
+        raise UserError(sentence)
+
+
 @functools.cache
 def tell(sentence):
-    """On stderr, once: what a program is given is looked at before anything is done, and read later."""
+    """On stderr, each sentence once: a text is looked at when options are checked, and when it is read."""
     print(sentence, file=sys.stderr)
 
 
@@ -155,7 +160,6 @@ CHECKPOINT_VERSION = 6
 
 def save_checkpoint(path, value):
     """Replace the checkpoint at `path` by a dict of tensors, numbers, strings, lists and dicts."""
-    path = Path(path)
     try:
         with replacing(path) as f:
             torch.save({"version": CHECKPOINT_VERSION, **value}, f)
@@ -175,8 +179,8 @@ def load_checkpoint(path):
     except Exception as e:  # damaged bytes make zipfile, zlib, pickle and torch raise a dozen kinds
         raise UserError(f"{path}: damaged ({(str(e) or type(e).__name__).splitlines()[0]})") from e
     found = value.get("version") if isinstance(value, dict) else None
-    if found != CHECKPOINT_VERSION:
-        raise UserError(f"{path} is not of this program, or not of this version: it cannot be resumed here")
+    known = found == CHECKPOINT_VERSION
+    need(known, f"{path} is not of this program, or not of this version: it cannot be resumed here")
     return value
 
 
@@ -347,8 +351,8 @@ def find_files(name):
     """A user's file, or every file below a folder that can be read, in the order of their paths. What begins
     with a dot belongs to the system or an editor, and is left out."""
     path = Path(name).expanduser().absolute()
-    if not name or not path.exists():
-        raise UserError(f"no text {path}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
+    found = name and path.exists()
+    need(found, f"no text {path}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
     if path.is_file():
         if path.suffix.lower() not in READ:
             tell(f"{path} is read as plain text, as it is")
@@ -357,8 +361,7 @@ def find_files(name):
     shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     files = [p for p in shown if p.suffix.lower() in READ]
     tell(f"{path}: {len(files)} files are read, {len(found) - len(files)} left out")
-    if not files:
-        raise UserError(f"{path} has no files of those that are read: {', '.join(READ)}")
+    need(files, f"{path} has no files of those that are read: {', '.join(READ)}")
     return files
 
 
@@ -463,13 +466,10 @@ def load(name, vocab_size, block_size):
         return None
     parts = BUILT_IN[name]() if name in BUILT_IN else split([(f, length(f)) for f in find_files(name)])
     paths = token_files(name, parts, vocab_size)
-    for part, need in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
+    for part, least in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
         count = length(paths[part]) // 2
-        if count < need:
-            raise UserError(
-                f"{name} is too short: its {part} split has {count:,} tokens and needs {need:,} or more at "
-                f"--block_size={block_size} (a text is split at line ends, 90/5/5)"
-            )
+        lacks = f"its {part} split has {count:,} tokens and needs {least:,} at --block_size={block_size}"
+        need(count >= least, f"{name} is too short: {lacks} (a text is split at line ends, 90/5/5)")
     return {part: np.memmap(path, "<u2", "r") for part, path in paths.items()}
 
 
@@ -488,8 +488,7 @@ def token_files(name, parts, vocab_size):
                     if time.perf_counter() - began > 2:
                         done = f"{f.tell() / 2e6:.1f} million tokens of {size / 1e6:.0f} MB"
                         print(f"{name}, {part}: {done}", end="\r", file=sys.stderr)
-                if text_sha256(parts) != source:
-                    raise UserError(f"{name} changed while it was read: start again")
+                need(text_sha256(parts) == source, f"{name} changed while it was read: start again")
     return paths
 
 
@@ -504,11 +503,6 @@ def text_sha256(parts):
                 while raw := f.read(min(1 << 20, end - f.tell())):
                     digest.update(raw)
     return digest.hexdigest()
-
-
-def source_sha256(text):
-    """Of the source of a text that `load` returned: the folder of its files is named by it."""
-    return Path(text["train"].filename).parent.name.split("-")[1]
 
 
 # ----- Batches -----

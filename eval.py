@@ -24,7 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-# Threads that wait spin, and on a busy machine take the core from whom they wait for (tests/bench.md).
+# OpenMP's threads spin while they wait, and on a busy machine take the core from the thread that they wait
+# for (tests/bench.md). It reads this when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -35,21 +36,20 @@ import torch.nn.functional as F
 
 import data
 import grow
-from data import UserError
-from model import GPT, SIZES, cross_entropy
+from data import UserError, need
+from model import GPT, SIZES
 
 # ----- The machine -----
 
 
 def choose_machine(device="auto", dtype="auto"):
     """(torch.device, torch.dtype) for two options. Sets what torch and the C library need for the device."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        mps = False  # no backend passes gradients between MPS devices
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # no backend passes gradients between MPS devices
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and alone
     if device == "auto":
         device = "cuda" if cuda else "mps" if mps else "cpu"
-    if (device == "cuda" and not cuda) or (device == "mps" and not mps):
-        raise UserError(f"torch sees no {device} that can be used here: give --device=auto")
+    there = {"cuda": cuda, "mps": mps, "cpu": True}[device]
+    need(there, f"torch sees no {device} that can be used here: give --device=auto")
     best = "float32"
     if device == "cpu":
         keep_freed_memory()
@@ -134,7 +134,7 @@ def logits(model, hidden):
     return z
 
 
-LOGITS = 1 << 24  # a network's at a time, or a row: those of a batch of long windows would take gigabytes
+LOGITS = 1 << 24  # of a network at once, or a row's: those of a batch of long windows would take gigabytes
 
 
 def token_losses(nets, x, y, kl):
@@ -156,16 +156,13 @@ def row_losses(nets, hidden, y, kl):
     return torch.stack(nats)
 
 
-TOGETHER = 4096  # windows that are mixed in one loop over their tokens: no more are kept token by token
+TOGETHER = 4096  # windows are mixed in one loop over T; of no more are losses kept token by token
 
 
 def window_sums(nats, K):
-    """Of nats {batch: (K or K + 1, B, T)} the sums over T, and last those of the K networks mixed."""
-    if not nats:
-        return {}
-    each = torch.cat(list(nats.values()), 1).cpu().double()  # (K or K + 1, windows, T)
-    sums = torch.stack([*each.sum(-1), grow.mix(each[:K]).sum(-1)])  # (K + 1 or K + 2, windows)
-    return dict(zip(nats, sums.tensor_split(len(nats), 1)))
+    """Of batches of nats (K or K + 1, B, T) the sums over T, and last those of the K networks mixed."""
+    nats = torch.cat(nats, 1).cpu().double()  # (K or K + 1, windows, T)
+    return torch.stack([*nats.sum(-1), grow.mix(nats[:K]).sum(-1)])  # (K + 1 or K + 2, windows)
 
 
 @torch.no_grad()
@@ -178,33 +175,31 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     Ranks share the batches, and all get the whole result. Raises UserError if block_size exceeds a model's
     or there is nothing to predict."""
     limit = min(net.config.block_size for net in nets)
-    if not 2 <= block_size <= limit:
-        raise UserError(f"block_size must be from 2 to the model's {limit}, not {block_size}")
-    if len(tokens) < 2:
-        raise UserError("there is nothing to predict in fewer than two tokens")
-    was_training, device = nets[-1].training, nets[-1].wte.weight.device
+    fits = 2 <= block_size <= limit
+    need(fits, f"block_size must be from 2 to the model's {limit}, not {block_size}")
+    need(len(tokens) >= 2, "there is nothing to predict in fewer than two tokens")
+    was_training, device, K = nets[-1].training, nets[-1].wte.weight.device, len(nets)
     for net in nets:
         net.eval()
     windows = count_windows(len(tokens), block_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    nats, sums = {}, {}  # by the number of a batch's first window: token by token, and by window
+    sums = torch.zeros(K + 1 + kl, windows + batch_size, dtype=torch.float64)  # the last batch may be longer
+    nats, numbers = [], []  # of windows that are not yet in it
     with torch.compiler.set_stance("force_eager"):  # measuring must not compile shapes of its own
         for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
-                nats[first] = torch.where(y >= 0, token_losses(nets, x, y, kl), 0.0)
-            if len(nats) * batch_size >= TOGETHER or first + batch_size >= windows:
-                sums |= window_sums(nats, len(nets))
-                nats = {}
+                nats.append(torch.where(y >= 0, token_losses(nets, x, y, kl), 0.0))
+                numbers += range(first, first + batch_size)
+            if nats and (len(numbers) >= TOGETHER or first + batch_size >= windows):
+                sums[:, numbers] = window_sums(nats, K)
+                nats, numbers = [], []
     for net in nets:
         net.train(was_training)
     if world > 1:  # each window has one owner, so these are the figures of a single process
-        everyone = [None] * world
-        dist.all_gather_object(everyone, sums)
-        sums = {first: part for one in everyone for first, part in one.items()}
-    sums = torch.cat([sums[first] for first in sorted(sums)], 1)[:, :windows]  # (K + 1 or K + 2, windows)
+        dist.all_reduce(sums)
+    sums = sums[:, :windows]
     predicted = min(len(tokens), windows * block_size) - windows
-    K = len(nets)
     mean = (sums.sum(-1) / predicted).tolist()
     worse = (sums - sums[0] > 1).sum(-1).tolist()
     found = {"windows": windows, "losses": mean[:K], "mixed": mean[-1] if K > 1 else None}
@@ -260,11 +255,10 @@ def by_kind(folder, rows):
 def read_run(folder, finished=False):
     """A run's metrics.jsonl, by kind. Raises UserError where there is none, or none that is finished."""
     path = Path(folder).absolute() / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(f"no run in {path.parent}; to measure a model, give --dataset or --prompt")
+    need(path.exists(), f"no run in {path.parent}; to measure a model, give --dataset or --prompt")
     run = by_kind(folder, data.read_jsonl(path))
-    if finished and not run["result"]:
-        raise UserError(f"{path.parent} is not finished: run its command again with --resume")
+    whole = run["result"] or not finished
+    need(whole, f"{path.parent} is not finished: run its command again with --resume")
     return run
 
 
@@ -341,13 +335,12 @@ def growths(run):
         slope_before, slope_after = slope(evals, *steps[k : k + 2]), slope(evals, *steps[k + 1 : k + 3])
         use = [u for u, g in zip(end["block_use"], end["generation"]) if g == e["generation"]]
         row = {"step": e["step"], "layers": f"{e['layers_before']} -> {e['layers_after']}", "at": e["at"]}
-        row |= cells(",", {"added": e["parameters_added"], "tokens": e["tokens"]})
-        row |= cells(",.2f", {"TFLOP": e["flops"] / 1e12})
-        row |= cells(".6f", {"loss before": before, "loss after": after})
-        row |= cells("g", {"delta": after - before})
+        row |= {"added": f"{e['parameters_added']:,}", "tokens": f"{e['tokens']:,}"}
+        row |= {"TFLOP": f"{e['flops'] / 1e12:,.2f}", "loss before": f"{before:.6f}"}
+        row |= {"loss after": f"{after:.6f}", "delta": f"{after - before:g}"}
         row |= cells("+.3f", {"slope before": slope_before, "slope after": slope_after})
-        row |= cells("+.4f", {"gain / M params": (after - reached[k]) / (e["trainable"] / 1e6)})
-        rows.append(row | cells(".3f", {"use": sum(use) / len(use)}))
+        row["gain / M params"] = f"{(after - reached[k]) / (e['trainable'] / 1e6):+.4f}"
+        rows.append(row | {"use": f"{sum(use) / len(use):.3f}"})
     c = start["config"]
     windows = count_windows(start["tokens"]["learn"]["val"], c["block_size"], c["eval_windows"])
     return f"""{table(rows)}
@@ -374,14 +367,17 @@ The network: {folder}/model
 The growths one by one, and a picture: python eval.py {folder} --plot=run.png
 Text from it: python eval.py {folder} --prompt='Once upon a time'"""
     command = run["header"]["command"]
-    if run["event"] and "--kd" not in command:
+    c = run["header"]["config"]
+    if run["event"] and "--kd" not in command and not (c["replay"] or c["ewc_lambda"]):
         text += f"\nOrdinary fine-tuning: {command} --max_growths=0 --kd_weight=0 --out={folder}-full"
     if len(end["versions"]) > 1:
         names = [end[key]["dataset"] for key in ("retain", "learn")]
+        again = command.split(" --")[0]  # with its preset
+        retain = shlex.quote(f"--retain={names[1]}")
         texts = shlex.quote(f"--dataset={','.join(name for name in names if name != 'none')}")
         text += f"""
 Every version on every text: python eval.py {folder} {texts} --split=test
-One more text, and all is kept: --init={folder}/model --dataset=NEXT with a new --out
+One more text, and all is kept: {again} --init={folder}/model --dataset=NEXT {retain} --first_growth=0
 transformers loads the last of the versions {end["versions"]} alone; this program mixes them."""
     return text
 
@@ -401,7 +397,7 @@ def plot(runs, path):
     new.set(title="new text, dots: growths", xlabel="step", ylabel="validation loss, nats per token")
     old.set(title="old text", xlabel="step")
     frontier.set(title="on the test splits; lower left is better", xlabel="new text: loss")
-    frontier.set(ylabel="old text: forgetting", ylim=(-0.1, 0.1))
+    frontier.set(ylabel="old text: forgetting", ylim=(-0.1, 0.1))  # at least
     for axis, key in ((new, "learn"), (old, "retain")):
         ends = []  # (loss, step, name, color) where a line ends
         for i, run in enumerate(runs):
@@ -427,14 +423,16 @@ def plot(runs, path):
                 point = r["learn"][predictor], forgetting(r, predictor)
                 frontier.plot(*point, mark, color=f"C{i}")
                 frontier.annotate(f" {label}", point, va="center")
-                frontier.set_ylim(top=max(frontier.get_ylim()[1], point[1] + 0.05))
+                low, high = frontier.get_ylim()
+                frontier.set_ylim(min(low, point[1] - 0.05), max(high, point[1] + 0.05))
     frontier.margins(x=0.4)
     figure.savefig(path, dpi=110)
     print(f"picture: {Path(path).absolute()}", file=sys.stderr)
 
 
 def model_card(run):
-    """The README.md that stands beside a run's export: this run's numbers, and nothing of this machine."""
+    """The README.md that stands beside a run's export: this run's numbers and, but for its command, no path
+    of this machine."""
     start, c, result = run["header"], run["header"]["config"], run["result"]
     init, name = Path(c["init"]).name, json.dumps(Path(run["folder"]).name)  # JSON is YAML
     learned = Path(result["learn"]["dataset"]).name
@@ -517,17 +515,17 @@ class Mixture(torch.nn.Module):
         """Log probabilities (B, V) of what follows idx (B, T), with the cache of grow.run_together."""
         outputs = list(zip(self.nets, grow.run_together(self.nets, idx, cache=cache)))
         if self.log_p is None:
-            losses = [cross_entropy(logits(net, x[:, :-1]), idx[:, 1:]) for net, x in outputs]
-            losses = torch.stack(losses).cpu().double()  # (K, B, T - 1)
+            losses = row_losses(self.nets, [x[:, :-1] for _, x in outputs], idx[:, 1:], kl=False)
+            losses = losses.cpu().double()  # (K, B, T - 1)
         else:
             losses = -self.log_p.gather(-1, idx[:, -1:].cpu().expand(len(outputs), -1, 1))  # (K, B, 1)
         for loss in losses.unbind(-1):  # (K, B)
             _, self.log_w = grow.mix_token(self.log_w, loss)
         log_p = [logits(net, x[:, -1]) for net, x in outputs]  # of (B, V)
         self.log_p = torch.stack(log_p).cpu().double().log_softmax(-1)
-        if self.log_w is None:  # one token: nobody has predicted anything yet
-            return self.log_p.logsumexp(0)
-        log_w = self.log_w.logsumexp(0)[..., None]  # (K, B, 1)
+        log_w = -math.log(len(outputs))  # of each network, where none has predicted anything yet
+        if self.log_w is not None:
+            log_w = self.log_w.logsumexp(0)[..., None]  # (K, B, 1)
         return torch.logsumexp(log_w + self.log_p, 0)
 
 
@@ -565,8 +563,10 @@ def arguments(argv):
     a.texts = a.dataset.split(",") if a.dataset else []
     for text in a.texts:
         data.check_name(text)
-    if a.out and (len(a.names) > 1 or Path(a.out).exists()):
-        raise UserError(f"--out={a.out} is for one model, and for a folder that does not exist yet")
+    if min(a.temperature, a.top_k, a.block_size, a.windows) < 0:
+        p.error("--temperature, --top_k, --block_size and --windows must be 0 or more")
+    free = not a.out or (len(a.names) == 1 and not Path(a.out).exists())
+    need(free, f"--out={a.out} is for one model, and for a folder that does not exist yet")
     return a
 
 
@@ -608,8 +608,8 @@ def find_networks(a):
             nets[label] = grow.version(model, g)
             if a.alpha is not None:
                 grow.scale_grown(nets[label], a.alpha)
-    if len({net.config.vocab_size for net in nets.values()}) > 1:
-        raise UserError("these networks have different tokenizers: measure them one by one")
+    same = len({net.config.vocab_size for net in nets.values()}) == 1
+    need(same, "these networks have different tokenizers: measure them one by one")
     return nets, a.block_size or min(contexts)
 
 
@@ -635,27 +635,25 @@ def main(argv):
             measure_texts(a, nets, block_size, device, dtype)
 
 
-class Output:
-    """Standard output, line by line, that outlives its terminal or pipe: a run is not lost with it."""
+def outlive_reader(stream):
+    """Let an output go on, line by line, when its terminal or pipe closes: a run is not lost with it."""
+    stream.reconfigure(line_buffering=True, errors="replace")  # an encoding may lack a character
+    write = stream.write
 
-    def __init__(self, stream):
-        self.stream = stream
-        stream.reconfigure(line_buffering=True, errors="replace")  # an encoding may lack a character
-
-    def write(self, text):
+    def write_or_drop(text):
         try:
-            return self.stream.write(text)
+            return write(text)
         except OSError:  # nobody reads any more: what follows goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             return len(text)
 
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+    stream.write = write_or_drop
 
 
 def run_main(main):
     """Run a program: what its user can put right becomes one sentence; a bug keeps its traceback."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    outlive_reader(sys.stdout)
+    outlive_reader(sys.stderr)
     try:
         sys.exit(main(sys.argv[1:]))
     except (UserError, OSError) as e:

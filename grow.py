@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError
+from data import UserError, need
 from model import GPT, Block, init_parameter
 
 # ----- Insertion -----
@@ -33,13 +33,11 @@ def insert_block(model, at, init="copy", generation=None):
     """Insert a block that computes the identity at index `at` of model.h (0 ... n_layer) and return it.
 
     init "copy" starts from the block below (at index 0, above), "fresh" from GPT-2's random weights; in both
-    the two output projections are zero (arXiv 2308.06103, theorem 3.6): at first only they have a gradient, a
-    step later all has. `generation` numbers the growth that the block belongs to; None: the next."""
+    the two output projections are zero (arXiv 2308.06103, theorem 3.6): at first only they have a gradient,
+    from the second step on all have one. `generation`: of the growth that it belongs to; None: the next."""
     config = model.config
-    if not 0 <= at <= config.n_layer:
-        raise UserError(f"cannot insert at {at}: give an index from 0 to {config.n_layer}")
-    if init not in ("copy", "fresh"):
-        raise UserError(f"unknown block init {init!r}: give copy or fresh")
+    need(0 <= at <= config.n_layer, f"cannot insert at {at}: give an index from 0 to {config.n_layer}")
+    need(init in ("copy", "fresh"), f"unknown block init {init!r}: give copy or fresh")
     with torch.device("meta"):
         block = Block(config).to(model.wte.weight.dtype)
     block.to_empty(device=model.wte.weight.device)
@@ -53,14 +51,15 @@ def insert_block(model, at, init="copy", generation=None):
         nn.init.zeros_(projection.bias)
     block.train(model.training)
     if generation is None:
-        generation = max(config.generation, default=0) + 1
+        generation = max(config.generation) + 1
     model.h.insert(at, block)
     config.generation = (*config.generation[:at], generation, *config.generation[at:])
     return block
 
 
 def grown(model):
-    """Indices of the blocks that this run inserted; all others are originals. Every rule below asks here."""
+    """Indices of the blocks inserted since the last finished version: those of this run. All others are
+    originals. Every rule below asks here."""
     return [i for i, g in enumerate(model.config.generation) if g > model.config.versions[-1]]
 
 
@@ -71,17 +70,17 @@ def originals(model):
 def placement(where, model, growth, max_growths):
     """Index for the next block when `growth` of `max_growths` growths are done.
 
-    "spread" divides the original blocks into max_growths equal groups and puts one block after each (LLaMA
-    Pro's interleaving); "upper" does the same with the upper half; "top" and "bottom" always use the ends.
-    Both go from the top down: blocks below the lowest that trains need no backward, so growing is cheap."""
+    "spread" divides the original blocks into max_growths groups, equal but for rounding, and puts one block
+    after each (LLaMA Pro's interleaving); "upper" does the same with the upper half; both from the top down:
+    blocks below the lowest that trains need no backward. "top" and "bottom" always use the ends."""
     if where == "top":
         return model.config.n_layer
     if where == "bottom":
         return 0
     if where.isdecimal():
         return int(where)
-    if where not in ("spread", "upper"):
-        raise UserError(f"unknown place {where!r}: give spread, upper, top, bottom, or an index")
+    known = where in ("spread", "upper")
+    need(known, f"unknown place {where!r}: give spread, upper, top, bottom, or an index")
     old = originals(model)
     span = len(old) if where == "spread" else len(old) / 2
     below = round(len(old) - growth * span / max_growths)  # originals that stay below the new block
@@ -127,8 +126,7 @@ def version(model, g):
     UserError if g is neither one of config.versions nor the newest generation: the model itself."""
     c = model.config
     known = sorted({*c.versions, max(c.generation)})
-    if g not in known:
-        raise UserError(f"there is no version {g} in this model: give one of {', '.join(map(str, known))}")
+    need(g in known, f"there is no version {g} in this model: give one of {', '.join(map(str, known))}")
     keep = [i for i, k in enumerate(c.generation) if k <= g]
     generation, versions = [c.generation[i] for i in keep], [v for v in c.versions if v <= g]
     with torch.device("meta"):  # an empty shell, filled with the model's own modules
@@ -139,7 +137,7 @@ def version(model, g):
 
 
 def original(model):
-    """The version that this run started from: as it was, if its originals never train."""
+    """The network this run started from; its weights are what they were only if originals never train."""
     return version(model, model.config.versions[-1])
 
 
@@ -152,18 +150,12 @@ def networks(model):
 def scale_grown(model, alpha):
     """Multiply the output projections of the last version's own blocks by `alpha`: 0 is the version before,
     1 the last. What lies between is one ordinary GPT-2 that has learned less, and may have forgotten less."""
-    if len(model.config.versions) < 2:
-        raise UserError("alpha leads from one version of a model to the next, and this one has a single one")
+    several = len(model.config.versions) > 1
+    need(several, "alpha leads from one version of a model to the next, and this one has a single one")
     for block, generation in zip(model.h, model.config.generation):
         if generation > model.config.versions[-2]:
             for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
                 p *= alpha
-
-
-def shared(a, b):
-    """What two networks have in common, from the bottom up: (the embedding, a block, ...), or nothing."""
-    pairs = zip((a.wte, *a.h), (b.wte, *b.h))
-    return tuple(x for x, y in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
 def run_together(nets, idx, first=0, cache=None):
@@ -171,9 +163,8 @@ def run_together(nets, idx, first=0, cache=None):
     from the bottom up is computed once. All but the last run without gradient, and only on the rows from
     `first` on. With a cache, a dict {modules from the bottom up: [keys, values]}, idx has one new token or,
     if the cache is empty, is all new: the outputs are those of the new tokens."""
-    forks = {shared(a, b) for a, b in itertools.combinations(nets, 2)}
     seen = idx.size(1) - 1 if cache else 0
-    kept, outputs = {}, {}  # what comes out of each fork, for the networks that follow; and at the end
+    kept, outputs = {}, {}  # what comes out of modules, by all from the bottom up to there; and at the end
     for net in [nets[-1], *nets[:-1]]:
         path, is_last = (net.wte, *net.h), net is nets[-1]
         start = max((n for n in range(1, len(path) + 1) if path[:n] in kept), default=0)
@@ -186,13 +177,12 @@ def run_together(nets, idx, first=0, cache=None):
                     x = module(x)
                 else:
                     x = module(x, cache.setdefault(path[:n], []))
-                if path[:n] in forks:
-                    kept[path[:n]] = x[first:].detach() if is_last else x
+                kept[path[:n]] = x[first:].detach() if is_last else x
         outputs[net] = x
     return [outputs[net] for net in nets]
 
 
-# The habits of the mixture: to believe for good, and to spread 5% of the weights anew after each token, which
+# The habits of the mixture: never to spread its weights anew; to spread 5% of them after each token, which
 # follows a text that changes. Together they predict better than any one share, on old text and on new.
 SHARES = (0.0, 0.05)
 
@@ -269,31 +259,26 @@ def is_due(o, step, evals, events):
 # ----- The optimizer over growth -----
 
 
-def make_optimizer(model, lr, weight_decay, previous=None):
-    """AdamW over what trains now; matrices and embeddings decay. What `previous` knew of a parameter that
-    still trains (its moments, its step) is carried over; a new block starts fresh."""
+def make_optimizer(model, lr, weight_decay, state=()):
+    """AdamW over what trains now; matrices and embeddings decay. What `state` (optimizer_state, of before a
+    growth or a stop) knows of a parameter that trains is carried over; a new block starts fresh."""
     params = trainable(model)
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    if previous is not None:
-        load_optimizer_state(model, optimizer, optimizer_state(model, previous))
+    fused = optimizer.defaults.get("fused")  # only then is `step`, too, on the parameter's device
+    for name, p in model.named_parameters():
+        if p.requires_grad and name in state:
+            known = state[name].items()
+            optimizer.state[p] = {k: v.to(p.device) if fused or v.dim() else v for k, v in known}
     return optimizer
 
 
 def optimizer_state(model, optimizer):
     """{parameter name: its moments and step}. (Positions, by which torch's own goes, shift at a growth.)"""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
-
-
-def load_optimizer_state(model, optimizer, state):
-    """Put it into an optimizer of what trains. Only a fused one has `step`, too, on a parameter's device."""
-    fused = optimizer.defaults.get("fused")
-    for n, p in model.named_parameters():
-        if n in state and p.requires_grad:
-            optimizer.state[p] = {k: v.to(p.device) if fused or v.dim() else v for k, v in state[n].items()}
 
 
 # ----- Keeping the old: distillation and EWC -----
@@ -311,9 +296,10 @@ class EWC:
     """Elastic weight consolidation (Kirkpatrick et al., 2017, eq. 3): (1/2) sum F (w - w*)^2, without lambda.
 
     w* are the weights of `model` now and F the diagonal of their Fisher information per token, E[(d log p
-    / dw)^2], on `batches`, each ids (B, T), with labels sampled from the model itself. The gradients of their
-    log p have mean zero and are uncorrelated, so the square of the sum is on average the sum of the squares:
-    one backward per batch is unbiased. (With the data's labels it is not: van de Ven, arXiv 2502.11756.)"""
+    / dw)^2], on `batches`, each ids (B, T), with labels sampled from the model itself. The gradients of the
+    labels' log p have mean zero and are uncorrelated, so the square of their sum is on average the sum of
+    their squares: one backward per batch is unbiased. (With the data's labels it is not: van de Ven, arXiv
+    2502.11756.)"""
 
     def __init__(self, model, batches, generator=None):
         was_training = model.training
@@ -440,6 +426,7 @@ def count_flops(objective, rows, distilled, T):
         row += matrices * (1 + block_trains) + 2 * attention
     flops = (rows + distilled) * row
     if teacher is not None:
-        above = teacher.config.n_layer - max(len(shared(model, teacher)) - 1, 0)  # blocks of its own
+        common = itertools.takewhile(lambda pair: pair[0] is pair[1], zip(model.h, teacher.h))
+        above = teacher.config.n_layer - len(list(common))  # blocks of its own
         flops += (distilled or rows) * (above * (matrices + attention) + head)
     return flops

@@ -9,7 +9,6 @@ says of each block which growth inserted it, `GPTConfig.versions` which finished
     logits, loss = model(idx, targets)
 """
 
-import hashlib
 import json
 import math
 import re
@@ -22,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import UserError
+from data import UserError, need
 
 # ----- The network. Shapes: B rows, T tokens a row, C = n_embd channels, V = vocab_size. -----
 
@@ -35,7 +34,7 @@ class GPTConfig:
     n_embd: int = 768
     generation: tuple = (0,) * 12  # per block: 0 = pretrained, k = inserted by the k-th growth of its life
     dropout: float = 0.0
-    versions: tuple = None  # newest generation of each finished network inside; None: of this one alone
+    versions: tuple = None  # for each finished network inside, its newest generation; None: only this one
 
     @property
     def n_layer(self):
@@ -43,14 +42,12 @@ class GPTConfig:
 
     def __post_init__(self):
         self.generation = tuple(self.generation)
-        if self.versions is None:
-            self.versions = (max(self.generation),)
-        self.versions = tuple(self.versions)
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        self.versions = (max(self.generation),) if self.versions is None else tuple(self.versions)
+        fits = self.n_embd % self.n_head == 0
+        need(fits, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        known = self.versions and set(self.versions) <= set(self.generation)
         rising = list(self.versions) == sorted(set(self.versions))
-        if not rising or not self.versions or not set(self.versions) <= set(self.generation):
-            raise UserError(f"versions must be rising generations that its blocks have, not {self.versions}")
+        need(known and rising, f"versions must be rising generations of its blocks, not {self.versions}")
 
 
 class Attention(nn.Module):
@@ -128,13 +125,14 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean loss in nats per target or None."""
-        if idx.size(1) > self.config.block_size:
-            raise UserError(f"{idx.size(1)} tokens exceed the model's block_size of {self.config.block_size}")
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean loss in nats per target or None. There
+        is no target where it is -1."""
+        T, limit = idx.size(1), self.config.block_size
+        need(T <= limit, f"{T} tokens exceed the model's block_size of {limit}")
         logits = self.head(self.run(self.embed(idx)))
         if targets is None:
             return logits, None
-        return logits, cross_entropy(logits, targets).sum() / (targets >= 0).sum()
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, stop=True):
@@ -143,8 +141,7 @@ class GPT(nn.Module):
         Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has ended
         (with <|endoftext|>, the last id) repeats it or, without `stop`, goes on with another document.
         Contexts are cropped on the left to block_size."""
-        if idx.size(1) == 0:
-            raise UserError("the prompt is empty: give at least one token")
+        need(idx.size(1) > 0, "the prompt is empty: give at least one token")
         eot = self.config.vocab_size - 1
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         cache, was_training = {}, self.training
@@ -219,13 +216,6 @@ def init_parameter(name, p, n_layer):
         nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
 
 
-def cross_entropy(logits, targets):
-    """Nats per token in float32, shaped as targets (...), 0 where the target is -1."""
-    logits = logits.float().flatten(0, -2)  # (N, V)
-    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
-    return loss.view(targets.shape)
-
-
 def sample(logits, temperature, top_k, generator=None):
     """Next ids (B, 1) from logits (B, V)."""
     if temperature == 0:
@@ -280,18 +270,15 @@ def openai_name(name):
     return "/".join(path + ["b" if last == "bias" else "g" if path[-1].startswith("ln_") else "w"])
 
 
-def openai_bytes(model):
-    return 4 * sum(p.numel() for p in model.parameters())
-
-
 def read_openai_weights(folder, model):
     """{our name: float32 array}, mapped from the file, unread.
 
     The Saver writes variables sorted by name and without gaps, so that names and shapes say where each lies
     (the index file beside it says the same; tests/test_model.py compares)."""
-    path, named, size = folder / DATA, dict(model.named_parameters()), openai_bytes(model)
-    if not path.exists() or path.stat().st_size != size:
-        raise UserError(f"{path} must be there with {size:,} bytes, 4 for each parameter: fetch it again")
+    path, named = folder / DATA, dict(model.named_parameters())
+    size = 4 * sum(p.numel() for p in model.parameters())
+    right = data.is_right(path, size)
+    need(right, f"{path} must be there with {size:,} bytes, 4 for each parameter: fetch it again")
     floats, arrays, begin = np.memmap(path, "<f4", "r"), {}, 0
     for name in sorted(named, key=openai_name):
         end = begin + named[name].numel()
@@ -318,37 +305,31 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files ca
 
 def read_safetensors(path):
     """{name: array} without masks, mapped from the file, unread, and whether this program wrote it: then its
-    header has the sha256 of its tensors, which others drop when they save. Raises UserError on any damage
-    that shows; without the sha256 that is not all."""
+    header has the sha256 of its tensors, which others drop when they save. Raises UserError if the header
+    does not fit the file, or the sha256; without one, changed bytes inside a tensor go unnoticed."""
     try:
-        with open(path, "rb") as f:
-            first = f.read(8)
-            if first.startswith((b"version ", b"<")):
-                raise ValueError("a git-lfs pointer or a web page, not the weights: download the file itself")
-            start = 8 + int.from_bytes(first, "little")
-            size = path.stat().st_size - start
-            if size < 0:
-                raise ValueError("its header reaches past the end")
-            header = json.loads(f.read(start - 8))
-            metadata = header.pop("__metadata__", {})
-            if "sha256" in metadata and metadata["sha256"] != hashlib.file_digest(f, "sha256").hexdigest():
-                raise ValueError("its tensors do not have the sha256 that its header gives")
-        arrays, last = {}, 0
+        raw = np.memmap(path, np.uint8, "r")
+        first = raw[:8].tobytes()
+        if first.startswith((b"version ", b"<")):
+            raise ValueError("a git-lfs pointer or a web page, not the weights: download the file itself")
+        start = 8 + int.from_bytes(first, "little")
+        header = json.loads(raw[8:start].tobytes())
+        metadata = header.pop("__metadata__", {})
+        if "sha256" in metadata and metadata["sha256"] != data.sha256([raw[start:]]):
+            raise ValueError("its tensors do not have the sha256 that its header gives")
+        arrays, last = {}, start
         for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = t["data_offsets"]
-            if begin != last or not begin <= end <= size:
+            begin, end = (start + offset for offset in t["data_offsets"])
+            if begin != last or not begin <= end <= len(raw):
                 raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
             last = end
             if name.endswith(MASKS):
                 continue
             if t["dtype"] not in DTYPES:
                 raise ValueError(f"{name} is stored as {t['dtype']}: convert it to {' or '.join(DTYPES)}")
-            dtype, shape = np.dtype(DTYPES[t["dtype"]]), tuple(t["shape"])
-            if end - begin != dtype.itemsize * math.prod(shape):
-                raise ValueError(f"{name} has {end - begin} bytes, which is not its shape {shape}")
-            arrays[name] = np.memmap(path, dtype, "r", start + begin, shape)
-        if last != size:
-            raise ValueError(f"the tensors have {last:,} bytes, and the file has {size:,} for them")
+            arrays[name] = raw[begin:end].view(DTYPES[t["dtype"]]).reshape(t["shape"])
+        if last != len(raw):
+            raise ValueError(f"{len(raw) - last:,} bytes follow its last tensor")
         return arrays, "sha256" in metadata
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e})") from e
@@ -359,12 +340,14 @@ def read_huggingface_weights(folder):
     program wrote them."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists() and not (folder / files[0]).exists():  # transformers divides what is large
-        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{index}: damaged ({e})") from e
     stored, written_here = {}, False
     for file in files:
-        if not (folder / file).exists():
-            hint = "load it in transformers and save_pretrained it, which writes that file"
-            raise UserError(f"{folder} has no {file}: {hint}")
+        hint = "load it in transformers and save_pretrained it, which writes that file"
+        need((folder / file).exists(), f"{folder} has no {file}: {hint}")
         arrays, written_here = read_safetensors(folder / file)
         stored |= arrays
     # those of a class around GPT-2, of torch.compile and of DistributedDataParallel
@@ -376,21 +359,18 @@ def read_huggingface_weights(folder):
 
 
 def write_safetensors(model, f):
-    def tensors():
-        for name, p in model.named_parameters():
-            p = p.detach().float().cpu()
-            yield name, (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
-
-    header, digest, end = {}, hashlib.sha256(), 0
-    for name, array in tensors():
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        digest.update(array)
-        end += array.nbytes
-    header["__metadata__"] = {"format": "pt", "sha256": digest.hexdigest()}
+    arrays, header, end = {}, {}, 0
+    for name, p in model.named_parameters():
+        p = p.detach().float().cpu()
+        array = (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [begin, end]}
+        arrays[name] = array
+    header["__metadata__"] = {"format": "pt", "sha256": data.sha256(arrays.values())}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     f.write(len(raw).to_bytes(8, "little") + raw)
-    for _, array in tensors():
+    for array in arrays.values():
         f.write(array)
 
 
@@ -456,16 +436,18 @@ def read_config(name_or_folder):
         if h.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same
             h["activation_function"] = "gelu_new"
         for key, value in (FIXED | {"n_inner": 4 * h["n_embd"]}).items():
-            if h.get(key) not in (None, value):
-                raise UserError(f"{key} is {h[key]!r}, another architecture: give one with {value!r}")
+            found = h.get(key, value)
+            need(found in (None, value), f"{key} is {found!r}, another architecture: give one with {value!r}")
         generation = h.get("generation", [0] * h["n_layer"])
-        if len(generation) != h["n_layer"]:
-            raise UserError(f"generation is not for {h['n_layer']} layers: delete generation and versions")
+        fits = len(generation) == h["n_layer"]
+        need(fits, f"generation is not for {h['n_layer']} layers: delete generation and versions")
         versions = tuple(h.get("versions", ()))
         if max(generation) not in versions:  # a file's network is finished: a version itself
             versions = (*versions, max(generation))
-        data.check_tokenizer(folder, h[vocab_size])
         sizes = h[vocab_size], h[block_size], h["n_head"], h["n_embd"]
+        positive = all(type(size) is int and size > 0 for size in sizes)
+        need(positive, f"{vocab_size}, {block_size}, n_head, n_embd must be positive integers, not {sizes}")
+        data.check_tokenizer(folder, h[vocab_size])
         return GPTConfig(*sizes, generation, versions=versions)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: {'it lacks ' if isinstance(e, KeyError) else ''}{e}") from e
@@ -474,6 +456,6 @@ def read_config(name_or_folder):
 def fetch_openai_weights(name, model):
     """A folder with OpenAI's data file of this size, from OpenAI or a mirror. Raises UserError."""
     size = SIZES[name][0]
-    path = data.cache_dir() / f"gpt2-{size}" / DATA
-    data.fetch([url.format(size) for url in OPENAI_URLS], path, openai_bytes(model), SHA256.get(name))
+    path, urls = data.cache_dir() / f"gpt2-{size}" / DATA, [url.format(size) for url in OPENAI_URLS]
+    data.fetch(urls, path, 4 * sum(p.numel() for p in model.parameters()), SHA256.get(name))
     return path.parent

@@ -3,7 +3,7 @@
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
     python train.py demo            the same program on embedded text: no network, some minutes on a CPU
     python train.py keep            the card's task; the network it started from stays inside
-    python train.py generative      the same, and what grows learns to keep what that network generates
+    python train.py generative      the same, and it is distilled on text that this network generates
     python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
     torchrun --standalone --nproc_per_node=2 train.py demo      several processes, the same global batch
@@ -24,9 +24,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# Threads that wait spin, and on a busy machine take the core from whom they wait for (tests/bench.md).
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+import eval as ev  # isort: skip  (before torch is imported: it sets what OpenMP then reads)
 
 import numpy as np
 import torch
@@ -34,8 +32,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import eval as ev
 import grow
+from data import need
 from model import GPT, GPTConfig, read_config
 
 # ----- Options -----
@@ -81,13 +79,13 @@ class Options:
     # keeping the old
     # With distillation a micro-step holds five tensors of logits, not three: 8 GB at 8 x 1,024 tokens.
     kd_weight: float = option(0.0, "weight of distillation from the pretrained network", least=0)
-    kd_temperature: float = option(1.0, "its temperature", least=0.01, needs="kd_weight")
-    kd_on: str = option("train", "its text", choices=["train", "retain", "generated"], needs="kd_weight")
+    kd_temperature: float = option(1.0, "of distillation", least=0.01, needs="kd_weight")
+    kd_on: str = option("train", "of what text", choices=["train", "retain", "generated"], needs="kd_weight")
     kd_rows: int = option(4, "rows of old or generated text beside each batch", least=1, needs="kd_weight")
     generated: int = option(2048, "rows of text the pretrained network generates", least=1, needs="kd_weight")
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", least=0)
     ewc_batches: int = option(32, "batches of 8 rows of old text for its Fisher", least=1, needs="ewc_lambda")
-    replay: float = option(0.0, "fraction of each batch's rows drawn from the old text", least=0)
+    replay: float = option(0.0, "fraction of a step's rows drawn from the old text", least=0)
     # measuring and saving
     eval_every: int = option(100, "steps between evaluations", least=1)
     eval_windows: int = option(64, "windows of the validation split in each (0: all)", least=0)
@@ -161,11 +159,12 @@ def parse(argv):
             p.error(f"no preset {word!r}: give {', '.join(PRESETS)}, then --option=value")
         values |= PRESETS[word]
     o = Options(**values | typed)
-    again = re.sub(" --resume([ =](yes|no|auto))?(?= |$)", "", shlex.join(argv))
-    o.command = f"python train.py {again}".strip()  # that makes the run
+    command = shlex.join(["python", "train.py", *argv])
+    o.command = re.sub(" --resume([ =](yes|no|auto))?(?= |$)", "", command)  # that makes the run
     if not o.out:  # options that decide what is computed name the folder
         free = MAY_CHANGE - ({"max_steps"} if o.lr_schedule == "cosine" else set())
-        differs = "".join(f"-{name}={value}" for name, value in typed.items() if name not in free)
+        named = [f.name for f in fields(o) if f.name in typed and f.name not in free]
+        differs = "".join(f"-{name}={typed[name]}" for name in named)
         o.out = "out/" + "-".join(words or ["card"]) + re.sub(r"[^\w.=-]", "_", differs)
     for f in fields(o):
         given, least, needs = getattr(o, f.name), f.metadata["least"], f.metadata["needs"]
@@ -175,11 +174,6 @@ def parse(argv):
         if f.name in typed and needs and not (getattr(o, name) == value if value else getattr(o, name)):
             p.error(f"--{f.name} does nothing without --{needs}")
     return o
-
-
-def need(condition, sentence):
-    if not condition:
-        raise data.UserError(sentence)
 
 
 def check(o, world=1):
@@ -198,6 +192,8 @@ def check(o, world=1):
     need(whole and o.replay < 1, f"--replay={o.replay}: give a multiple of {1 / rows:g} below 1, or 0")
     with torch.device("meta"):  # grow a network without memory: what grow.py refuses, it refuses now
         model = GPT(network_config(o))
+    limit = model.config.block_size
+    need(o.block_size <= limit, f"--block_size={o.block_size} exceeds the {limit} positions of {o.init}")
     for growth in range(o.max_growths):
         grow.insert_block(model, grow.placement(o.where, model, growth, o.max_growths), o.block_init)
     grow.freeze(model, o.freeze)
@@ -287,7 +283,8 @@ def train(o):
     header["parameters"] = sum(p.numel() for p in base.parameters())
     header["init_sha256"] = data.sha256(p.detach().numpy() for p in base.parameters())
     header["tokens"] = {key: {k: len(ids) for k, ids in (text or {}).items()} for key, text in texts.items()}
-    header["sha256"] = {key: text and data.source_sha256(text) for key, text in texts.items()}
+    folders = {key: text and Path(text["train"].filename).parent.name for key, text in texts.items()}
+    header["sha256"] = {key: name and name.split("-")[1] for key, name in folders.items()}  # of its source
     if state is None:
         state = dict(step=0, flops=0, seconds=0.0, train_seconds=0.0, optimizer={}, scaler={}, generated=None)
         state |= dict(log=[header], model=base.state_dict(), model_config=asdict(base.config))
@@ -328,8 +325,7 @@ def train(o):
     if state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     objective = grow.Objective(model, base if o.kd_weight else None, o.kd_temperature)
-    optimizer = grow.make_optimizer(model, o.lr, o.weight_decay)
-    grow.load_optimizer_state(model, optimizer, state["optimizer"])
+    optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, state["optimizer"])
     ddp = DistributedDataParallel(objective) if world > 1 else objective
     began -= state["seconds"]
     trained, logged = state["train_seconds"], first  # at the last log line
@@ -340,7 +336,7 @@ def train(o):
     if rank == 0:
         _lock = data.lock(out / "lock", wait=False)  # until this returns, no second process can have it
         data.write_jsonl(out / "metrics.jsonl", log, "w")
-    not_finite = f"a loss or the gradient is not finite, and {out}/ckpt.pt is from before: try a lower --lr"
+    not_finite = f"a loss or the gradient is not finite: try a lower --lr ({out}/ckpt.pt is from before)"
 
     def record(kind, **row):
         """The one way into the log: what is not finite stops the run."""
@@ -377,12 +373,13 @@ def train(o):
     print(f"{o.command} (all options are in {out}/metrics.jsonl)")
     print(f"{header['machine']}; {header['layers']} layers, {header['parameters']:,} parameters")
     if o.init != "scratch" and not o.originals_never_train:
-        print("the pretrained network trains, and is not kept; --first_growth=0 --freeze=base keeps it")
+        how = "; --first_growth=0 --freeze=base keeps it" if o.max_growths else ""
+        print(f"the pretrained network trains, and is not kept{how}")
     if o.max_growths and o.starts_growing >= o.max_steps:
         print(f"no growth will happen: the first is due at step {o.starts_growing} of {o.max_steps}")
     uses = o.max_steps * o.grad_accum * o.distilled
     if o.kd_on == "generated" and uses > 1.5 * o.generated:
-        print(f"{o.generated} generated rows are used {uses} times: --generated={uses} uses each once")
+        print(f"training takes {uses} rows from {o.generated} generated ones: --generated={uses} has enough")
     if first:
         print(f"resumed at step {first} with {model.config.n_layer} layers")
 
@@ -398,8 +395,7 @@ def train(o):
     stops = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup asks
         stops.append(signal.SIGHUP)  # a terminal closes
-    for number in stops:
-        signal.signal(number, note)
+    handlers = {number: signal.signal(number, note) for number in stops}  # what was there
     for step in range(first, o.max_steps + 1):  # the last time it only measures and saves
         last = step == o.max_steps
         saves = last or step % o.save_every == 0
@@ -433,7 +429,8 @@ def train(o):
                         raise RuntimeError(f"the growth at step {step} changed the logits, and it must not")
             model.train()
             grow.freeze(model, o.freeze)
-            optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, optimizer)
+            carried = grow.optimizer_state(model, optimizer)
+            optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, carried)
             ddp = DistributedDataParallel(objective) if world > 1 else objective
             event |= {"layers_after": model.config.n_layer, "generation": max(model.config.generation)}
             after = validate()
@@ -503,8 +500,8 @@ def train(o):
             )
 
     # ----- the end: base against grown on the test splits, export, tables -----
-    for number in stops:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stopped_by:
         print(f"stopped at step {step}, saved in {out}: --resume continues it")
         return 128 + stopped_by
@@ -544,7 +541,7 @@ def main(argv):
         cuda = o.device in ("auto", "cuda") and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     runs = [o]
-    if o.init == f"{PRETRAINED}/model" and not Path(o.init).exists():
+    if o.init == f"{PRETRAINED}/model" and not Path(o.init, "config.json").exists():
         runs.insert(0, parse(["pretrain"]))
         runs[0].device, runs[0].compile = o.device, o.compile
         runs[0].resume = o.resume = "auto"

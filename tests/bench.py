@@ -160,7 +160,7 @@ def grown_base(growths, where="upper"):
 def ours(o, growths, compiled=False, teacher="none", steps_between=0):
     """train.py's step after so many growths."""
     ev.keep_freed_memory()
-    model, optimizer = copy.deepcopy(base()).to(DEVICE), None
+    model = copy.deepcopy(base()).to(DEVICE)
     objective = grow.Objective(model, temperature=o.kd_temperature)
 
     def step():
@@ -185,7 +185,8 @@ def ours(o, growths, compiled=False, teacher="none", steps_between=0):
             objective.teacher = separate if teacher == "separate" else grow.original(model)
         if compiled:
             grow.compile_objective(objective)
-        step.optimizer = optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, optimizer)
+        carried = grow.optimizer_state(model, step.optimizer) if growth else ()
+        step.optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, carried)
     return step
 
 

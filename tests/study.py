@@ -7,8 +7,8 @@
 An arm is a way to train. It has the learning rate that learns most by the validation loss: from 8e-3 on,
 rates are halved or doubled until a rate is better than both its neighbours, with seed 0. Then it runs with
 its other seeds. (An arm with `lr_of` has the rate of another.) Seed s draws the same rows of the new text in
-every arm. A run that is finished is a file in OUT and is never done again; one that was stopped begins
-again."""
+every arm but those with replay. A run that is finished is a file in OUT and is never done again; one that was
+stopped begins again."""
 
 import contextlib
 import functools
@@ -189,7 +189,7 @@ class Study(NamedTuple):
         """The folder of a base, trained if need be."""
         out = self.out / f"base-{name}"
         with data.lock(out / "made"):
-            if not (out / "model" / "config.json").exists():  # which is written last
+            if not (out / "model" / "config.json").exists():  # which is written after the weights
                 with open(out / "stdout.txt", "a") as file, contextlib.redirect_stdout(file):
                     words = f"{BASES[name]} {self.words} --out={out} --resume=auto"
                     train.main(["pretrain", *words.split()])
@@ -274,7 +274,8 @@ def run(o, change=None):
         if grows:
             grow.insert_block(model, grow.placement(o.where, model, growths, o.max_growths))
             grow.freeze(model, o.freeze)
-            optimizer, growths = grow.make_optimizer(model, o.lr, o.weight_decay, optimizer), growths + 1
+            carried, growths = grow.optimizer_state(model, optimizer), growths + 1
+            optimizer = grow.make_optimizer(model, o.lr, o.weight_decay, carried)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(o, step)
         [(x, y)] = train.micro_batches(o, texts, generated, step, device)

@@ -41,6 +41,7 @@ MISUSED = [  # what argparse refuses, and the word that it must name
     (ev.main, [], "names"),
     (ev.main, ["gpt2", "--prom=x"], "--prom"),  # no abbreviations
     (ev.main, ["gpt2", "--dataset=docs", "--split=all"], "val"),
+    (ev.main, ["gpt2", "--dataset=docs", "--windows=-1"], "--windows"),
 ]
 
 
@@ -70,6 +71,7 @@ REFUSED = [  # before anything is downloaded or computed, and what must be named
     ("--replay=0.01 --batch_size=8", "--replay"),
     ("--replay=0.99 --batch_size=8", "--replay"),
     ("--init=scratch --n_embd=10 --n_head=3", "n_head"),
+    ("--block_size=1025", "1024"),
     ("--retain=nothing.txt", "nothing.txt"),
 ]
 

@@ -176,7 +176,7 @@ def test_growing_and_a_step_make_nothing_on_the_cpu(policy, teacher, monkeypatch
         grow.freeze(model, policy)
         nets = {"none": None, "shared": grow.original(model), "separate": separate.requires_grad_(False)}
         objective = grow.Objective(model, nets[teacher], 2.0)
-        optimizer = grow.make_optimizer(model, 1e-3, 0.1, optimizer)
+        optimizer = grow.make_optimizer(model, 1e-3, 0.1, grow.optimizer_state(model, optimizer))
         for learned in (4, 3) if teacher != "none" else (4,):  # the fourth row is to be distilled alone
             nll, kd = objective(x, y[:learned])
             (nll + kd).backward()

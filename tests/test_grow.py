@@ -141,7 +141,7 @@ def test_freeze(policy):
     assert all(torch.equal(named[n], value) and named[n].grad is None for n, value in frozen.items())
     assert {id(p) for p in optimizer.state} == {id(p) for p in grow.trainable(model)}
     grow.freeze(model, "older")  # what froze leaves the optimizer, too
-    kept = grow.make_optimizer(model, 1e-3, 0.1, optimizer).state
+    kept = grow.make_optimizer(model, 1e-3, 0.1, grow.optimizer_state(model, optimizer)).state
     assert {id(p) for p in kept} == {id(p) for p in grow.trainable(model)}
     grow.freeze(model, "base")
     grow.freeze(model, "none")

@@ -54,6 +54,7 @@ def test_the_demo_goes_on_after_a_stop_in_the_training_of_its_base(tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         on_step(patch, lambda step: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
         train.main(demo)
+    (tmp_path / "out/pretrain/model").mkdir()  # as a stop in its export leaves it
     train.main([*demo, "--resume"])
     base, grown = capsys.readouterr().out.split("The base is ready")
     assert "resumed at step 3" in base and "| before" not in base  # its end is one line

@@ -313,6 +313,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 54
 SCORE = {"score.weight": torch.ones(2, 16)}
 BIAS, HEAD = "h.1.mlp.c_fc.bias", "lm_head.weight"
 WRONG = dict(model_type="llama", activation_function="relu", tie_word_embeddings=False, n_head=3, n_embd=None)
+WRONG |= {"vocab_size": 257.0, "n_positions": -28}
 NETWORKS = {  # what is done to the folder of a network: what must be said; nothing if it is the same network
     "divided": (divided, []),
     "module.": (rename("module."), []),
@@ -326,6 +327,7 @@ NETWORKS = {  # what is done to the folder of a network: what must be said; noth
     "a git-lfs pointer": (only("model.safetensors", POINTER), ["model.safetensors", "git-lfs", "download"]),
     "a page": (only("model.safetensors", b"<!DOCTYPE html>"), ["model.safetensors", "web page", "download"]),
     "no shard": (lambda net: (divided(net), next(net.glob("*-00002-*")).unlink()), ["no model-00002"]),
+    "an index": (lambda net: (divided(net), next(net.glob("*x.json")).write_text("{}")), ["index.json"]),
     "50,258 ids": (config(vocab_size=50258), ["resize_token_embeddings(50257)"]),
     "50,304 ids": (config(vocab_size=50304), ["resize_token_embeddings(50257)"]),
     "n_inner": (config(n_inner=48), ["n_inner", "48", "64"]),
@@ -408,8 +410,8 @@ def test_the_card_says_what_a_hub_reads_and_nothing_of_this_machine(tmp_path):
     shutil.move(write_words(tmp_path), text)
     texts = dict(dataset=text, retain=c.old_text(tmp_path / "old"), out=tmp_path / "run: 1")
     argv = typed(**TINY | SCRATCH | texts)
-    for again in ([], ["--resume"], ["--resume=auto"], ["--resume", "yes"]):
-        train.main([*argv[:3], *again, *argv[3:]])
+    for at, again in enumerate((["--resume=auto"], ["--resume"], ["--resume", "yes"], ["--resume=auto"])):
+        train.main([*argv[:at], *again, *argv[at:]])
         card = ModelCard.load(tmp_path / "run: 1/model/README.md")
         (command,) = [line for line in card.text.splitlines() if line.startswith("`python train.py ")]
         assert shlex.split(command.strip("`"))[2:] == argv

@@ -353,6 +353,7 @@ FOLDERS = {  # a preset's is for it alone, or another network would lie where th
     "pretrain --device=cpu --save_every=7": "out/pretrain",
     "pretrain demo": "out/pretrain-demo",
     "pretrain --n_layer=4": "out/pretrain-n_layer=4",
+    "pretrain --lr=1 --n_layer=4": "out/pretrain-n_layer=4-lr=1.0",  # in one order, however they are typed
     "pretrain --n_layer=4 --out=here": "here",
 }
 
