@@ -426,9 +426,8 @@ def read_config(name_or_folder):
     path, vocab_size, block_size = folder / "config.json", "vocab_size", "n_positions"
     if not path.exists():
         path, vocab_size, block_size = folder / "hparams.json", "n_vocab", "n_ctx"
-    if not path.exists():
-        known = f"give one of {', '.join(SIZES)}, or a folder to which transformers saved a GPT-2"
-        raise UserError(f"no config.json in {folder}: {known} (of a run, RUN/model)")
+    known = f"give one of {', '.join(SIZES)}, or a folder to which transformers saved a GPT-2"
+    need(path.exists(), f"no config.json in {folder}: {known} (of a run, RUN/model)")
     try:
         h = json.loads(path.read_bytes())
         if "n_ctx" in h:

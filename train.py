@@ -82,7 +82,7 @@ class Options:
     kd_temperature: float = option(1.0, "of distillation", least=0.01, needs="kd_weight")
     kd_on: str = option("train", "of what text", choices=["train", "retain", "generated"], needs="kd_weight")
     kd_rows: int = option(4, "rows of old or generated text beside each batch", least=1, needs="kd_weight")
-    generated: int = option(2048, "rows of text the pretrained network generates", least=1, needs="kd_weight")
+    generated: int = option(2048, "rows the pretrained network generates", least=1, needs="kd_on=generated")
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", least=0)
     ewc_batches: int = option(32, "batches of 8 rows of old text for its Fisher", least=1, needs="ewc_lambda")
     replay: float = option(0.0, "fraction of a step's rows drawn from the old text", least=0)
