@@ -7,8 +7,7 @@
 An arm is a way to train. It has the learning rate that learns most by the validation loss: from 8e-3 on,
 rates are halved or doubled until a rate is better than both its neighbours, with seed 0. Then it runs with
 its other seeds. (An arm with `lr_of` has the rate of another.) Seed s draws the same rows of the new text in
-every arm but those with replay. A run that is finished is a file in OUT and is never done again; one that was
-stopped begins again."""
+every arm without replay. A finished run is a file in OUT and never done again; a stopped one begins again."""
 
 import contextlib
 import functools
@@ -389,6 +388,7 @@ def write(study):
     """OUT/tables.md and two pictures."""
     study, parts = study._replace(trains=False), []
     runs_by_base = {base: read(study, base) for base in BASES}
+    data.need(runs_by_base[SMALL], f"no arm is finished in {study.out}: run it without --tables")
     for title, arms in sections().items():
         runs_of = runs_by_base[arms[0].base] if arms else {}
         wanted, arms = len(arms), [arm for arm in arms if arm.name in runs_of]
@@ -403,16 +403,15 @@ Base {arms[0].base}: {losses}. Sigma of one run: {", ".join(f"{key} {sd:.3f}" fo
 
 {arms_table(arms, runs_of, sigmas)}
 """)
-    parts.append(f"""## What the rate does: learning and forgetting at each that was tried, seed 0
+    parts.append(f"""## What the rate does: the arms of the first table at each that was tried, seed 0
 
 {rates_table(study, ARMS)}
 """)
+    parts.append("## KL on new text as a gauge of forgetting: rank correlation of the two (Spearman)\n")
+    for base, runs_of in runs_by_base.items():
+        rank = rank_correlation(runs_of, "KL on new text", "forgets") if runs_of else math.nan
+        parts.append(f"- {base}: {rank:.2f} over {len(runs_of)} arms\n")
     runs_of = runs_by_base[SMALL]
-    rank = rank_correlation(runs_of, "KL on new text", "forgets")
-    parts.append(f"""## KL on new text as a gauge of forgetting
-
-Over the {len(runs_of)} arms on base {SMALL} their rank correlation (Spearman) is {rank:.2f}.
-""")
     (study.out / "tables.md").write_text("\n".join(parts))
     picture(runs_of, "one network alone", "", study.out / "study-alone.png")
     picture(runs_of, "mixed with the network before", " mixed", study.out / "study-mixed.png")
@@ -421,6 +420,7 @@ Over the {len(runs_of)} arms on base {SMALL} their rank correlation (Spearman) i
 
 # What the pictures show, {arm: color}: the methods as they are, and with what keeps the old.
 PICTURED = {"full": "C3", "fork 2": "C1", "LoRA": "C4", "widened": "C5", "grow 2": "C0", "grow 4": "C0"}
+PICTURED |= {"grow 2, none frozen": "C0"}
 PICTURED |= {f"{method} + generated 1": color for method, color in (("full", "C3"), ("grow 2", "C0"))}
 PICTURED |= {f"full + {keep}": "C3" for keep in ("old text 1", "new text 1", "replay 0.25", "EWC 1")}
 PLACES = ((8, 0, "left"), (-8, 0, "right"), (0, 10, "center"), (0, -10, "center"), (8, 12, "left"))
