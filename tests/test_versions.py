@@ -493,6 +493,7 @@ def test_text_from_a_mixture_passes_each_token_once_through_each_block():
     assert sum(passed) == blocks * (5 + 11 + 2 * 16)  # the prompt, to 16 tokens, and two past them
     for idx, log_p in predicted[:12]:
         assert torch.allclose(log_p, ev.Mixture(nets).predict(idx, {}), atol=1e-5)
+    assert ((ev.Mixture(nets).predict(some_ids()[:, :1], {}).exp().sum(-1) - 1).abs() < 1e-6).all()
 
 
 @pytest.mark.parametrize("name, words", [("second", []), ("first", ["--version=2"])])
