@@ -53,7 +53,10 @@ def cache_dir():
     """The one folder for downloads and tokens. Printed at first use."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(os.environ.get("GROWING_GPT_CACHE") or f"{caches}/growing-gpt").expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to {path} ({e.strerror}): set GROWING_GPT_CACHE to a folder") from e
     print(f"cache folder: {path}", file=sys.stderr)
     return path
 

@@ -134,7 +134,7 @@ def logits(model, hidden):
     return z
 
 
-LOGITS = 1 << 24  # of a network at once, or a row's: those of a batch of long windows would take gigabytes
+LOGITS = 1 << 24  # of a network at a time, or one row's: those of a batch of long windows take gigabytes
 
 
 def token_losses(nets, x, y, kl):
@@ -156,7 +156,7 @@ def row_losses(nets, hidden, y, kl):
     return torch.stack(nats)
 
 
-TOGETHER = 4096  # windows are mixed in one loop over T; of no more are losses kept token by token
+TOGETHER = 4096  # at most so many windows are kept token by token, and mixed in one loop over T
 
 
 def window_sums(nats, K):
@@ -329,11 +329,14 @@ def growths(run):
         return "No block was inserted."
     steps = [0, *(e["step"] for e in events), evals[-1]["step"]]
     reached = [*(e["learn_before"] for e in events[1:]), evals[-1]["learn"]]  # just before what came next
-    rows, end = [], run["result"]
+    generation = [0] * start["layers"]  # of each block, at the end
+    for e in events:
+        generation[e["at"] : e["at"]] = [e["generation"]] * (e["layers_after"] - e["layers_before"])
+    rows = []
     for k, e in enumerate(events):
         before, after = e["learn_before"], e["learn_after"]
         slope_before, slope_after = slope(evals, *steps[k : k + 2]), slope(evals, *steps[k + 1 : k + 3])
-        use = [u for u, g in zip(end["block_use"], end["generation"]) if g == e["generation"]]
+        use = [u for u, g in zip(run["result"]["block_use"], generation) if g == e["generation"]]
         row = {"step": e["step"], "layers": f"{e['layers_before']} -> {e['layers_after']}", "at": e["at"]}
         row |= {"added": f"{e['parameters_added']:,}", "tokens": f"{e['tokens']:,}"}
         row |= {"TFLOP": f"{e['flops'] / 1e12:,.2f}", "loss before": f"{before:.6f}"}

@@ -158,13 +158,20 @@ def scale_grown(model, alpha):
                 p *= alpha
 
 
+def shared(a, b):
+    """What two networks have in common, from the bottom up: (the embedding, a block, ...), or nothing."""
+    pairs = zip((a.wte, *a.h), (b.wte, *b.h))
+    return tuple(x for x, y in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
+
+
 def run_together(nets, idx, first=0, cache=None):
     """Outputs (B, T, C) of the last block of each network, for ids (B, T). What any of them have in common
     from the bottom up is computed once. All but the last run without gradient, and only on the rows from
     `first` on. With a cache, a dict {modules from the bottom up: [keys, values]}, idx has one new token or,
     if the cache is empty, is all new: the outputs are those of the new tokens."""
+    forks = {shared(a, b) for a, b in itertools.combinations(nets, 2)}
     seen = idx.size(1) - 1 if cache else 0
-    kept, outputs = {}, {}  # what comes out of modules, by all from the bottom up to there; and at the end
+    kept, outputs = {}, {}  # what comes out of each fork, for the networks that follow; and at the end
     for net in [nets[-1], *nets[:-1]]:
         path, is_last = (net.wte, *net.h), net is nets[-1]
         start = max((n for n in range(1, len(path) + 1) if path[:n] in kept), default=0)
@@ -177,7 +184,8 @@ def run_together(nets, idx, first=0, cache=None):
                     x = module(x)
                 else:
                     x = module(x, cache.setdefault(path[:n], []))
-                kept[path[:n]] = x[first:].detach() if is_last else x
+                if path[:n] in forks:
+                    kept[path[:n]] = x[first:].detach() if is_last else x
         outputs[net] = x
     return [outputs[net] for net in nets]
 
@@ -426,7 +434,6 @@ def count_flops(objective, rows, distilled, T):
         row += matrices * (1 + block_trains) + 2 * attention
     flops = (rows + distilled) * row
     if teacher is not None:
-        common = itertools.takewhile(lambda pair: pair[0] is pair[1], zip(model.h, teacher.h))
-        above = teacher.config.n_layer - len(list(common))  # blocks of its own
+        above = teacher.config.n_layer - max(len(shared(model, teacher)) - 1, 0)  # blocks of its own
         flops += (distilled or rows) * (above * (matrices + attention) + head)
     return flops

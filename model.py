@@ -313,6 +313,8 @@ def read_safetensors(path):
         if first.startswith((b"version ", b"<")):
             raise ValueError("a git-lfs pointer or a web page, not the weights: download the file itself")
         start = 8 + int.from_bytes(first, "little")
+        if start > len(raw):
+            raise ValueError("its header reaches past the end")
         header = json.loads(raw[8:start].tobytes())
         metadata = header.pop("__metadata__", {})
         if "sha256" in metadata and metadata["sha256"] != data.sha256([raw[start:]]):
@@ -341,7 +343,7 @@ def read_huggingface_weights(folder):
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.exists() and not (folder / files[0]).exists():  # transformers divides what is large
         try:
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+            files = sorted({str(file) for file in json.loads(index.read_bytes())["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{index}: damaged ({e})") from e
     stored, written_here = {}, False
@@ -359,18 +361,21 @@ def read_huggingface_weights(folder):
 
 
 def write_safetensors(model, f):
-    arrays, header, end = {}, {}, 0
+    def tensors():  # one at a time, twice: all at once would double the memory
+        for name, p in model.named_parameters():
+            p = p.detach().float().cpu()
+            yield name, (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
+
+    header, end = {}, 0
     for name, p in model.named_parameters():
-        p = p.detach().float().cpu()
-        array = (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [begin, end]}
-        arrays[name] = array
-    header["__metadata__"] = {"format": "pt", "sha256": data.sha256(arrays.values())}
+        begin, end = end, end + 4 * p.numel()
+        header[name] = {"dtype": "F32", "shape": stored_shape(name, p), "data_offsets": [begin, end]}
+    sha256 = data.sha256(array for _, array in tensors())
+    header["__metadata__"] = {"format": "pt", "sha256": sha256}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     f.write(len(raw).to_bytes(8, "little") + raw)
-    for array in arrays.values():
+    for _, array in tensors():
         f.write(array)
 
 

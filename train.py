@@ -3,7 +3,7 @@
     python train.py                 the card: GPT-2 124M on WikiText-2, 12 -> 15 layers in 2,000 steps
     python train.py demo            the same program on embedded text: no network, some minutes on a CPU
     python train.py keep            the card's task; the network it started from stays inside
-    python train.py generative      the same, and it is distilled on text that this network generates
+    python train.py generative      the same; it is distilled from that network, on text it generates
     python train.py demo replay --seed=2            presets first, then options
     python train.py demo --resume                   go on after any interruption
     torchrun --standalone --nproc_per_node=2 train.py demo      several processes, the same global batch
@@ -79,10 +79,10 @@ class Options:
     # keeping the old
     # With distillation a micro-step holds five tensors of logits, not three: 8 GB at 8 x 1,024 tokens.
     kd_weight: float = option(0.0, "weight of distillation from the pretrained network", least=0)
-    kd_temperature: float = option(1.0, "of distillation", least=0.01, needs="kd_weight")
-    kd_on: str = option("train", "of what text", choices=["train", "retain", "generated"], needs="kd_weight")
+    kd_temperature: float = option(1.0, "its temperature", least=0.01, needs="kd_weight")
+    kd_on: str = option("train", "its text", choices=["train", "retain", "generated"], needs="kd_weight")
     kd_rows: int = option(4, "rows of old or generated text beside each batch", least=1, needs="kd_weight")
-    generated: int = option(2048, "rows the pretrained network generates", least=1, needs="kd_on=generated")
+    generated: int = option(2048, "rows that the pretrained network generates", least=1, needs="kd_weight")
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", least=0)
     ewc_batches: int = option(32, "batches of 8 rows of old text for its Fisher", least=1, needs="ewc_lambda")
     replay: float = option(0.0, "fraction of a step's rows drawn from the old text", least=0)
@@ -510,8 +510,7 @@ def train(o):
     # From here on the network is finished: a version itself, beside those that are in it as they were.
     versions = (*(model.config.versions if keeps else ()), max(model.config.generation))
     model.config.versions = versions
-    result = {"layers": model.config.n_layer, "generation": model.config.generation, "versions": versions}
-    result |= sizes()
+    result = {"layers": model.config.n_layer, "versions": versions, **sizes()}
     with autocast:
         for key, text in texts.items():
             losses = ev.compare(base, model, text and text["test"], T, o.batch_size, o.test_windows)

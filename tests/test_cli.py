@@ -34,7 +34,7 @@ MISUSED = [  # what argparse refuses, and the word that it must name
     (train.main, ["--resume=maybe"], "auto"),
     # would do nothing, or less than nothing
     (train.main, ["--kd_temperature=3"], "--kd_weight"),
-    (train.main, ["--kd_weight=1", "--generated=9"], "--kd_on=generated"),
+    (train.main, ["--kd_on=retain"], "--kd_weight"),
     (train.main, ["--ewc_batches=2"], "--ewc_lambda"),
     (train.main, ["--patience=2"], "--trigger=plateau"),
     (train.main, ["--n_layer=2"], "--init=scratch"),

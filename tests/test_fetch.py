@@ -268,5 +268,4 @@ def test_cache_folder_that_cannot_be_one(offline, monkeypatch):
     """Found before anything is downloaded, and named."""
     (offline / "file").write_text("")
     monkeypatch.setenv("GROWING_GPT_CACHE", str(offline / "file" / "cache"))
-    with pytest.raises(OSError, match=os.path.join("file", "cache")):
-        data.cache_dir()
+    conftest.refused(data.cache_dir, os.path.join("file", "cache"))

@@ -52,7 +52,7 @@ GROWN = [
          tokens=614_400, learn_before=2.5, learn_after=2.0, retain_before=1.4, retain_after=1.4),
     dict(kind="result", layers=7, parameters=19_000_000, trainable=4_000_000, flops=1234.5e12, tokens=921_600,
          best=2.2, train_seconds=5400.0, seconds=5430.0, protocol="Test split.", versions=[0, 2],
-         generation=[0, 0, 0, 1, 2, 1, 0], block_use=[9.0, 9.0, 9.0, 0.5, 0.25, 0.125, 9.0],
+         block_use=[9.0, 9.0, 9.0, 0.5, 0.25, 0.125, 9.0],
          learn=dict(dataset="new", windows=40, base=4.0, grown=2.0, mixed=2.125, kl=0.25),
          retain=dict(dataset="old", windows=20, base=1.0, grown=1.5, mixed=1.0625, kl=0.125)),
 ]  # fmt: skip
@@ -63,7 +63,7 @@ PLAIN = [
     dict(kind="eval", step=900, learn=2.5, retain=None),
     dict(kind="result", layers=3, parameters=9_000_000, trainable=8_000_000, flops=0.5e12, tokens=921_600,
          best=2.5, train_seconds=30.0, seconds=42.0, protocol="Test split.", versions=[0],
-         generation=[0, 0, 0], block_use=[0.5, 0.5, 0.25],
+         block_use=[0.5, 0.5, 0.25],
          learn=dict(dataset="new", windows=40, base=3.0, grown=2.5, mixed=None, kl=0.75),
          retain=dict(dataset="none", windows=None, base=None, grown=None, mixed=None, kl=None)),
 ]  # fmt: skip
