@@ -107,6 +107,7 @@ def keeping():
                 middle.append(arm)
             else:
                 others.append(arm._replace(lr_of=f"{method} + {keep} {strengths[1]}", seeds=1))
+    middle.append(Arm("grow 2, none frozen + generated 1", f"{growth(2)} --freeze=none {GENERATED}"))
     return middle + others
 
 
@@ -420,7 +421,7 @@ Base {arms[0].base}: {losses}. Sigma of one run: {", ".join(f"{key} {sd:.3f}" fo
 
 # What the pictures show, {arm: color}: the methods as they are, and with what keeps the old.
 PICTURED = {"full": "C3", "fork 2": "C1", "LoRA": "C4", "widened": "C5", "grow 2": "C0", "grow 4": "C0"}
-PICTURED |= {"grow 2, none frozen": "C0"}
+PICTURED |= {"grow 2, none frozen": "C2", "grow 2, none frozen + generated 1": "C2"}
 PICTURED |= {f"{method} + generated 1": color for method, color in (("full", "C3"), ("grow 2", "C0"))}
 PICTURED |= {f"full + {keep}": "C3" for keep in ("old text 1", "new text 1", "replay 0.25", "EWC 1")}
 PLACES = ((8, 0, "left"), (-8, 0, "right"), (0, 10, "center"), (0, -10, "center"), (8, 12, "left"))
