@@ -395,7 +395,8 @@ def train(o):
     stops = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup asks
         stops.append(signal.SIGHUP)  # a terminal closes
-    handlers = {number: signal.signal(number, note) for number in stops}  # what was there
+    for number in stops:
+        signal.signal(number, note)
     for step in range(first, o.max_steps + 1):  # the last time it only measures and saves
         last = step == o.max_steps
         saves = last or step % o.save_every == 0
@@ -500,8 +501,8 @@ def train(o):
             )
 
     # ----- the end: base against grown on the test splits, export, tables -----
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for number in stops:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if stopped_by:
         print(f"stopped at step {step}, saved in {out}: --resume continues it")
         return 128 + stopped_by
