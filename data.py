@@ -34,6 +34,12 @@ class UserError(ValueError):
     """Something the user can put right: programs print it as one sentence. Bugs keep their traceback."""
 
 
+def is_out_of_memory(e):
+    """torch says so in several ways, with the device and the allocator."""
+    phrases = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(e, MemoryError) or any(phrase in str(e) for phrase in phrases)
+
+
 def need(condition, sentence):
     if not condition:
         raise UserError(sentence)
@@ -167,6 +173,8 @@ def save_checkpoint(path, value):
         with replacing(path) as f:
             torch.save({"version": CHECKPOINT_VERSION, **value}, f)
     except (OSError, RuntimeError) as e:  # torch reports a failed write as RuntimeError
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"cannot write {path} ({e}): what was there is intact, make room and --resume") from e
 
 
@@ -354,8 +362,8 @@ def find_files(name):
     """A user's file, or every file below a folder that can be read, in the order of their paths. What begins
     with a dot belongs to the system or an editor, and is left out."""
     path = Path(name).expanduser().absolute()
-    found = name and path.exists()
-    need(found, f"no text {path}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
+    exists = name and path.exists()
+    need(exists, f"no text {path}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
     if path.is_file():
         if path.suffix.lower() not in READ:
             tell(f"{path} is read as plain text, as it is")

@@ -663,9 +663,8 @@ def run_main(main):
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (RuntimeError, MemoryError) as e:  # torch says that memory is out in several ways
-        phrases = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-        if not isinstance(e, MemoryError) and not any(phrase in str(e) for phrase in phrases):
+    except (RuntimeError, MemoryError) as e:
+        if not data.is_out_of_memory(e):
             raise
         sys.exit("error: out of memory: lower --batch_size (in a new run, and raise its --grad_accum)")
 

@@ -431,8 +431,14 @@ def read_config(name_or_folder):
     path, vocab_size, block_size = folder / "config.json", "vocab_size", "n_positions"
     if not path.exists():
         path, vocab_size, block_size = folder / "hparams.json", "n_vocab", "n_ctx"
-    known = f"give one of {', '.join(SIZES)}, or a folder to which transformers saved a GPT-2"
-    need(path.exists(), f"no config.json in {folder}: {known} (of a run, RUN/model)")
+    if not path.exists():
+        hint = "has no config.json or hparams.json" if folder.is_dir() else "is no folder with weights"
+        if folder.is_file():
+            hint = "is a file: give a folder with config.json and model.safetensors"
+        if (folder / "model" / "config.json").exists():
+            hint = f"is a run, its network is {folder / 'model'}"
+        known = f"give one of {', '.join(SIZES)}, or a folder to which transformers saved a GPT-2"
+        raise UserError(f"no model: {folder} {hint} ({known})")
     try:
         h = json.loads(path.read_bytes())
         if "n_ctx" in h:

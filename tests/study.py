@@ -412,10 +412,9 @@ Base {arms[0].base}: {losses}. Sigma of one run: {", ".join(f"{key} {sd:.3f}" fo
     for base, runs_of in runs_by_base.items():
         rank = rank_correlation(runs_of, "KL on new text", "forgets") if runs_of else math.nan
         parts.append(f"- {base}: {rank:.2f} over {len(runs_of)} arms\n")
-    runs_of = runs_by_base[SMALL]
     (study.out / "tables.md").write_text("\n".join(parts))
-    picture(runs_of, "one network alone", "", study.out / "study-alone.png")
-    picture(runs_of, "mixed with the network before", " mixed", study.out / "study-mixed.png")
+    picture(runs_by_base[SMALL], "one network alone", "", study.out / "study-alone.png")
+    picture(runs_by_base[SMALL], "mixed with the network before", " mixed", study.out / "study-mixed.png")
     print(f"written: {study.out}/tables.md, study-alone.png, study-mixed.png")
 
 

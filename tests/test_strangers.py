@@ -357,13 +357,13 @@ def test_a_network_in_other_words_is_taken_or_told_what_to_do(net, what):
 
 
 NAMES = {  # what is typed: what is said
-    "--init=net/model.safetensors": ["net/model.safetensors", "a folder"],
-    "--init=nano/ckpt.pt": ["nano/ckpt.pt", "a folder"],
+    "--init=net/model.safetensors": ["net/model.safetensors", "is a file", "folder"],
+    "--init=nano/ckpt.pt": ["nano/ckpt.pt", "is a file", "folder"],
     "--init=nano": ["nano", "config.json", "transformers saved a GPT-2"],
     "--init=distilgpt2": ["distilgpt2", "gpt2-medium", "transformers saved a GPT-2"],
     "--init=somebody/gpt2": ["somebody/gpt2", "gpt2-medium", "transformers saved a GPT-2"],
-    "--init=out/x": ["out/x", "RUN/model"],  # a run instead of its network
-    "--init=out/x/": ["out/x", "RUN/model"],
+    "--init=out/x": ["out/x/model"],  # a run instead of its network
+    "--init=out/x/": ["out/x/model"],
     "demo --init=scratch --out=nano --resume": ["ckpt.pt", "not of this program"],
 }
 
