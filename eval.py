@@ -374,14 +374,9 @@ Text from it: python eval.py {folder} --prompt='Once upon a time'"""
     if run["event"] and "--kd" not in command and not (c["replay"] or c["ewc_lambda"]):
         text += f"\nOrdinary fine-tuning: {command} --max_growths=0 --kd_weight=0 --out={folder}-full"
     if len(end["versions"]) > 1:
-        names = [end[key]["dataset"] for key in ("retain", "learn")]
-        again = command.split(" --")[0]  # with its preset
-        retain = shlex.quote(f"--retain={names[1]}")
-        texts = shlex.quote(f"--dataset={','.join(name for name in names if name != 'none')}")
-        text += f"""
-Every version on every text: python eval.py {folder} {texts} --split=test
-One more text, and all is kept: {again} --init={folder}/model --dataset=NEXT {retain} --first_growth=0
-transformers loads the last of the versions {end["versions"]} alone; this program mixes them."""
+        texts = [end[key]["dataset"] for key in ("retain", "learn") if end[key]["dataset"] != "none"]
+        each = shlex.quote(f"--dataset={','.join(texts)}")
+        text += f"\nEvery version on every text: python eval.py {folder} {each} --split=test"
     return text
 
 
