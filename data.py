@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import sysconfig
 import time
@@ -22,12 +23,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import requests
+import tiktoken
 import torch
-
-try:
-    import fcntl  # a file lock, so that two processes fetch a file once
-except ImportError:  # Windows: two processes at once would fetch it twice
-    fcntl = None
 
 
 class UserError(ValueError):
@@ -73,11 +70,12 @@ def lock(path, wait=True):
     path.parent.mkdir(parents=True, exist_ok=True)
     f = open(path, "w")
     try:
+        import fcntl
+
         fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        other = f"another process is training in {path.parent}"
-        raise UserError(f"{other}: wait for it, or give another --out") from e
-    except (AttributeError, OSError):  # Windows has no fcntl, and some network disks have no locks
+        raise UserError(f"another process is training in {path.parent}: wait, or give another --out") from e
+    except (ImportError, OSError):  # Windows has no fcntl, and some network disks have no locks
         if not wait:
             print(f"no file locks here: do not start a second process in {path.parent}", file=sys.stderr)
     return f
@@ -93,21 +91,19 @@ def replacing(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except BaseException:
+    finally:  # after a failure it is still there
         aside.unlink(missing_ok=True)
-        raise
 
 
 def length(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def is_right(path, size, sha256=None):
+def is_right(path, size, digest=None):
     """Whether a file has this size and, where one is published, this sha256."""
-    if length(path) != size or sha256 is None:
+    if length(path) != size or digest is None:
         return length(path) == size
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() == sha256
+    return sha256([np.memmap(path, np.uint8, "r")]) == digest
 
 
 def fetch(urls, path, size, sha256=None):
@@ -123,7 +119,8 @@ def fetch(urls, path, size, sha256=None):
             return path
         for url in [url for url in urls for _ in range(2)]:  # twice: what broke off is continued
             try:
-                download(url, part, size)
+                if length(part) < size:
+                    download(url, part, size)
                 if is_right(part, size, sha256):
                     os.replace(part, path)
                     return path
@@ -132,7 +129,7 @@ def fetch(urls, path, size, sha256=None):
             except requests.RequestException as e:
                 status = f", HTTP status {e.response.status_code}" if e.response is not None else ""
                 tried.append(f"{url}: {type(e).__name__}{status}, after {length(part):,} bytes")
-    by_hand = f"check the network, or put the file there by hand, {size:,} bytes"
+    by_hand = f"check the network, or put its {size:,} bytes there by hand"
     raise UserError(f"cannot fetch {path} ({'; '.join(tried)}): {by_hand}")
 
 
@@ -141,8 +138,6 @@ def download(url, part, size):
     have = length(part)
     headers = {"User-Agent": "growing-gpt/1.0", "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as r:
-        if have and r.status_code == 416:  # nothing follows what we have
-            return
         r.raise_for_status()
         resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with open(part, "ab" if resumed else "wb") as f:
@@ -182,17 +177,16 @@ def load_checkpoint(path):
     """What was saved, on the CPU; never code. Raises UserError that names the file and its fault."""
     try:
         with zipfile.ZipFile(path) as z:  # torch checks neither checksums nor a bit that makes it a folder
-            if z.testzip() or any(entry.external_attr for entry in z.infolist()):
-                raise ValueError("a checksum or an attribute is wrong")
+            damaged = z.testzip() or any(entry.external_attr for entry in z.infolist())
+        need(not damaged, "damaged: a checksum or an attribute is wrong")
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except (MemoryError, FileNotFoundError, PermissionError):
+        need(value.get("version") == CHECKPOINT_VERSION, "not of this program, or not of this version")
+        return value
+    except MemoryError:
         raise
     except Exception as e:  # damaged bytes make zipfile, zlib, pickle and torch raise a dozen kinds
-        raise UserError(f"{path}: damaged ({(str(e) or type(e).__name__).splitlines()[0]})") from e
-    found = value.get("version") if isinstance(value, dict) else None
-    known = found == CHECKPOINT_VERSION
-    need(known, f"{path} is not of this program, or not of this version: it cannot be resumed here")
-    return value
+        fault = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"cannot resume from {path}: {fault}") from e
 
 
 def write_jsonl(path, rows, mode):
@@ -209,8 +203,7 @@ def read_jsonl(path):
         try:
             rows.append(decoder.decode(line.decode()))
         except ValueError as e:
-            torn = "; --resume mends what a kill tore" if Path(path).name == "metrics.jsonl" else ""
-            raise UserError(f"{path}, line {number}: not JSON ({e}){torn}") from e
+            raise UserError(f"{path}, line {number}: not JSON ({e}); --resume mends what a kill tore") from e
     return rows
 
 
@@ -220,14 +213,13 @@ EOT = "<|endoftext|>"
 BYTES, GPT2 = 257, 50257
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/"
 ENCODINGS = OPENAI + "encodings/main/"
-# GPT-2's vocab.json writes byte b as the character BYTE_CHARACTERS[b]: itself if it can be printed, else one
-# of those from 256 on.
-_PRINTED = {*range(33, 127), *range(161, 173), *range(174, 256)}
-_others = iter(range(256, 512))
-BYTE_CHARACTERS = "".join(chr(b if b in _PRINTED else next(_others)) for b in range(256))
+# GPT-2's vocab.json writes byte b as the character BYTE_CHARACTERS[b]: itself if it can be printed (a space
+# can not), else one of those from 256 on.
+_others = map(chr, range(256, 512))
+BYTE_CHARACTERS = "".join(c if c.isprintable() and c != " " else next(_others) for c in map(chr, range(256)))
 VOCABULARY_SHA256 = {
-    "gpt2": "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3",
-    "bytes": "6f4b22994511341556e0afed07c5c1642aff87bc6fdf4ff2a611f5c1f33f7865",
+    "gpt2": "4c9d30e24aa2b6a802cbe721e72c4ea9f4ac076781eafb0686f6ae4019f7f130",
+    "bytes": "77b78c7bf116dcf9c41a3d2eb609e77ee8e184c95225a3de0232c0c545fcc526",
 }
 TOKENIZER_FILES = {
     "vocab.bpe": (456_318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
@@ -248,42 +240,36 @@ def tokenizer_files():
 
 @functools.cache
 def _bpe():
-    import tiktoken
-
     tokenizer_files()  # so that tiktoken finds them and never goes to the network itself
     return tiktoken.get_encoding("gpt2")
 
 
 def tokenizer_name(vocab_size):
-    if vocab_size not in (BYTES, GPT2):
-        cut = "; cut others off by transformers' resize_token_embeddings(50257)" if vocab_size > GPT2 else ""
-        raise UserError(f"{vocab_size:,} ids: only 50,257 (GPT-2) and 257 (bytes) have a tokenizer here{cut}")
+    cut = "cut more off by transformers' resize_token_embeddings(50257)"
+    known = vocab_size in (BYTES, GPT2)
+    need(known, f"{vocab_size:,} ids: only 50,257 (GPT-2) and 257 (bytes) have a tokenizer here; {cut}")
     return "bytes" if vocab_size == BYTES else "gpt2"
 
 
 def check_tokenizer(folder, vocab_size):
     """Refuse a network whose own tokenizer, {token: id}, is not that of `encode`. End of text may be missing;
-    the other tokens, in the order of their ids, have a known sha256."""
+    the JSON of the other [id, token], in order, has a known sha256."""
     for file in ("vocab.json", "tokenizer.json"):
         if (folder / file).exists():
-            ids = json.loads((folder / file).read_bytes())
+            name, ids = tokenizer_name(vocab_size), json.loads((folder / file).read_bytes())
             ids = ids["model"]["vocab"] if file == "tokenizer.json" else ids
-            tokens = sorted(ids.keys() - {EOT}, key=ids.get)
-            right = [ids[token] for token in tokens] == list(range(vocab_size - 1))
-            name, digest = tokenizer_name(vocab_size), hashlib.sha256("\n".join(tokens).encode()).hexdigest()
-            if not right or digest != VOCABULARY_SHA256[name]:
-                raise UserError(f"{file} beside it is not the {name} tokenizer: its ids mean other text here")
+            known = json.dumps(sorted((i, token) for token, i in ids.items() if token != EOT))
+            right = hashlib.sha256(known.encode()).hexdigest() == VOCABULARY_SHA256[name]
+            need(right, f"{file} beside it is not the {name} tokenizer: its ids mean other text here")
 
 
 def encode(text, vocab_size=GPT2):
     """Text -> uint16 ids, (N,). Where the text says <|endoftext|> the ids have it as one token."""
-    gpt2, eot = tokenizer_name(vocab_size) == "gpt2", np.array([vocab_size - 1], np.uint16)
-    parts = []
-    for piece in text.split(EOT):
-        raw = piece.encode("utf-8", "replace")
-        ids = _bpe().encode_ordinary(piece) if gpt2 else np.frombuffer(raw, np.uint8)
-        parts += [np.array(ids, np.uint16), eot]
-    return np.concatenate(parts[:-1])
+    if tokenizer_name(vocab_size) == "gpt2":
+        return np.array(_bpe().encode(text, allowed_special="all"), np.uint16)
+    raw = text.encode("utf-8", "replace").replace(EOT.encode(), b"\xff")  # which no UTF-8 has
+    ids = np.frombuffer(raw, np.uint8)
+    return np.where(ids == 0xFF, np.uint16(256), ids)
 
 
 def decode(ids, vocab_size=GPT2):
@@ -325,31 +311,26 @@ def docs():
     """The documentation of the Python that runs this, as pydoc carries it."""
     from pydoc_data.topics import topics
 
-    return _shuffled(topics[name] for name in sorted(topics))
+    return _shuffled(topics.values())
 
 
 def code():
     """The top-level modules of the standard library of the Python that runs this."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return _shuffled(path.read_text("utf-8", "replace") for path in files)
+    folder = Path(sysconfig.get_path("stdlib"))
+    return _shuffled(path.read_text("utf-8", "replace") for path in folder.glob("*.py"))
 
 
 def headers():
     """The headers of torch's C++ interface, which every install brings: about a megabyte."""
     folder = Path(torch.__file__).parent / "include/torch/csrc/api/include"
-    files = sorted(folder.rglob("*.h"))
-    return _shuffled(path.read_text("utf-8", "replace") for path in files)
+    return _shuffled(path.read_text("utf-8", "replace") for path in folder.rglob("*.h"))
 
 
-def _shuffled(texts, size=2000):
-    """Pieces of at least `size` characters, cut at line ends, in a fixed order that owes nothing to the
-    alphabet: so train, val and test, and any prefix of them, are alike."""
-    pieces = []
-    for text in texts:
-        while text:
-            end = text.find("\n", size) + 1 or len(text)
-            pieces.append(text[:end].encode("utf-8", "replace"))
-            text = text[end:]
+def _shuffled(texts):
+    """Pieces of 2,000 characters and the rest of a line, in a fixed order that owes nothing to the alphabet
+    nor to that of the texts: so train, val and test, and any prefix of them, are alike."""
+    cut = re.compile(r"(?s:.{1,2000})[^\n]*\n?")
+    pieces = [piece.encode("utf-8", "replace") for text in texts for piece in cut.findall(text)]
     raw = EOT.encode().join(sorted(pieces, key=lambda piece: hashlib.sha256(piece).digest()))
     file = SimpleNamespace(open=lambda mode: io.BytesIO(raw), suffix=".txt")  # in memory
     return split([(file, len(raw))])
@@ -362,8 +343,7 @@ def find_files(name):
     """A user's file, or every file below a folder that can be read, in the order of their paths. What begins
     with a dot belongs to the system or an editor, and is left out."""
     path = Path(name).expanduser().absolute()
-    exists = name and path.exists()
-    need(exists, f"no text {path}: give one of {', '.join(BUILT_IN)}, a .txt file, or a folder")
+    need(name and path.exists(), f"no text {path}: give one of {', '.join(BUILT_IN)}, a file, or a folder")
     if path.is_file():
         if path.suffix.lower() not in READ:
             tell(f"{path} is read as plain text, as it is")
@@ -406,28 +386,22 @@ def line_end(file, size, at, most):
 def documents(parts, size):
     """The text of some parts, `size` bytes or a row at a time, with <|endoftext|> before each document."""
     for file, begin, end in parts:
+        read = json_texts if file.suffix.lower() == ".jsonl" else plain_text
         with file.open("rb") as f:
             f.seek(begin)
-            if file.suffix.lower() == ".jsonl":
-                yield from (EOT + text for text in json_texts(f, file, end))
-            else:
-                yield EOT
-                yield from plain_text(f, file, end, size)
+            yield from read(f, file, end, size)
 
 
-def json_texts(f, file, end):
-    """The "text" of each row of an open file up to byte `end`."""
-    while f.tell() < end and (line := f.readline()):
+def json_texts(f, file, end, size):
+    """The "text" of each row of an open file up to byte `end`, of whatever size."""
+    while line := f.readline(end - f.tell()):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError
+            yield EOT + json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as e:
             number = file.read_bytes()[: f.tell() - len(line)].count(b"\n") + 1
             raise UserError(f'{file}, line {number}: every row must be JSON with a string "text"') from e
-        yield text
 
 
 def plain_text(f, file, end, size):
@@ -435,9 +409,9 @@ def plain_text(f, file, end, size):
     the line ends of Unix; in a .raw file they stay."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     decoder = io.IncrementalNewlineDecoder(utf8, translate=file.suffix.lower() != ".raw")
+    yield EOT
     while raw := f.read(min(size, end - f.tell())):
-        if b"\0" in raw:
-            raise UserError(f"{file} holds NUL bytes, as UTF-16 does: convert it to UTF-8 first")
+        need(b"\0" not in raw, f"{file} holds NUL bytes, as UTF-16 does: convert it to UTF-8 first")
         try:
             yield decoder.decode(raw, f.tell() == end)
         except UnicodeDecodeError as e:

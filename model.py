@@ -234,26 +234,24 @@ def is_linear(name):
     return name.endswith(".weight") and ".c_" in name
 
 
-def stored_shape(name, p):
-    return tuple(p.shape[::-1] if is_linear(name) else p.shape)
+def as_stored(name, p):
+    """One of our tensors as both formats store it, or a stored one as ours."""
+    return p.t() if is_linear(name) else p
 
 
 def assign_weights(model, arrays, source):
     """Give a model without memory (on "meta") its weights: every tensor must be there and none left over."""
-    shapes = {name: stored_shape(name, p) for name, p in model.named_parameters()}
+    shapes = {name: tuple(as_stored(name, p).shape) for name, p in model.named_parameters()}
     for name in sorted(shapes.keys() | arrays.keys()):
         found = arrays[name].shape if name in arrays else "missing"
         expected = shapes.get(name, "none (if transformers knows it, save its GPT2LMHeadModel alone)")
-        if found != expected:
-            raise UserError(f"{source}: tensor {name}: {found}, where the model has {expected}")
+        need(found == expected, f"{source}: tensor {name}: {found}, where the model has {expected}")
     state = {}
     for name in shapes:
         tensor = torch.from_numpy(np.array(arrays[name]))  # a copy: the mapped file may go away
         if tensor.dtype == torch.uint16:
             tensor = tensor.view(torch.bfloat16)
-        if is_linear(name):
-            tensor = tensor.t()
-        state[name] = tensor.float().contiguous()
+        state[name] = as_stored(name, tensor).float().contiguous()
     model.load_state_dict(state, assign=True)
 
 
@@ -282,7 +280,7 @@ def read_openai_weights(folder, model):
     floats, arrays, begin = np.memmap(path, "<f4", "r"), {}, 0
     for name in sorted(named, key=openai_name):
         end = begin + named[name].numel()
-        arrays[name] = floats[begin:end].reshape(stored_shape(name, named[name]))
+        arrays[name] = floats[begin:end].reshape(as_stored(name, named[name]).shape)
         begin = end
     return arrays
 
@@ -309,29 +307,24 @@ def read_safetensors(path):
     does not fit the file, or the sha256; without one, changed bytes inside a tensor go unnoticed."""
     try:
         raw = np.memmap(path, np.uint8, "r")
-        first = raw[:8].tobytes()
-        if first.startswith((b"version ", b"<")):
-            raise ValueError("a git-lfs pointer or a web page, not the weights: download the file itself")
-        start = 8 + int.from_bytes(first, "little")
-        if start > len(raw):
-            raise ValueError("its header reaches past the end")
+        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        need(start <= len(raw), "no header (a git-lfs pointer? a web page?): download the file itself")
         header = json.loads(raw[8:start].tobytes())
         metadata = header.pop("__metadata__", {})
-        if "sha256" in metadata and metadata["sha256"] != data.sha256([raw[start:]]):
-            raise ValueError("its tensors do not have the sha256 that its header gives")
+        right = "sha256" not in metadata or metadata["sha256"] == data.sha256([raw[start:]])
+        need(right, "its tensors do not have the sha256 that its header gives")
         arrays, last = {}, start
         for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = (start + offset for offset in t["data_offsets"])
-            if begin != last or not begin <= end <= len(raw):
-                raise ValueError(f"{name} does not lie where the tensor before it ends, inside the file")
+            fits = last == begin <= end <= len(raw)
+            need(fits, f"{name} does not lie where the tensor before it ends, inside the file")
             last = end
             if name.endswith(MASKS):
                 continue
-            if t["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is stored as {t['dtype']}: convert it to {' or '.join(DTYPES)}")
-            arrays[name] = raw[begin:end].view(DTYPES[t["dtype"]]).reshape(t["shape"])
-        if last != len(raw):
-            raise ValueError(f"{len(raw) - last:,} bytes follow its last tensor")
+            dtype = t["dtype"]
+            need(dtype in DTYPES, f"{name} is stored as {dtype}: convert it to {' or '.join(DTYPES)}")
+            arrays[name] = raw[begin:end].view(DTYPES[dtype]).reshape(t["shape"])
+        need(last == len(raw), f"{len(raw) - last:,} bytes follow its last tensor")
         return arrays, "sha256" in metadata
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e})") from e
@@ -348,8 +341,7 @@ def read_huggingface_weights(folder):
             raise UserError(f"{index}: damaged ({e})") from e
     stored, written_here = {}, False
     for file in files:
-        hint = "load it in transformers and save_pretrained it, which writes that file"
-        need((folder / file).exists(), f"{folder} has no {file}: {hint}")
+        need((folder / file).exists(), f"{folder} has no {file}: save_pretrained of transformers writes it")
         arrays, written_here = read_safetensors(folder / file)
         stored |= arrays
     # those of a class around GPT-2, of torch.compile and of DistributedDataParallel
@@ -363,19 +355,17 @@ def read_huggingface_weights(folder):
 def write_safetensors(model, f):
     def tensors():  # one at a time, twice: all at once would double the memory
         for name, p in model.named_parameters():
-            p = p.detach().float().cpu()
-            yield name, (p.t() if is_linear(name) else p).contiguous().numpy().astype("<f4", copy=False)
+            yield as_stored(name, p.detach().float().cpu()).contiguous().numpy().astype("<f4", copy=False)
 
     header, end = {}, 0
     for name, p in model.named_parameters():
         begin, end = end, end + 4 * p.numel()
-        header[name] = {"dtype": "F32", "shape": stored_shape(name, p), "data_offsets": [begin, end]}
-    sha256 = data.sha256(array for _, array in tensors())
-    header["__metadata__"] = {"format": "pt", "sha256": sha256}
+        header[name] = {"dtype": "F32", "shape": as_stored(name, p).shape, "data_offsets": [begin, end]}
+    header["__metadata__"] = {"format": "pt", "sha256": data.sha256(tensors())}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     f.write(len(raw).to_bytes(8, "little") + raw)
-    for _, array in tensors():
+    for array in tensors():
         f.write(array)
 
 
@@ -428,9 +418,9 @@ def read_config(name_or_folder):
             data.tell(f"{name_or_folder} is OpenAI's: for the folder here, write ./{name_or_folder}")
         _, n_layer, n_head, n_embd = SIZES[name_or_folder]
         return GPTConfig(n_head=n_head, n_embd=n_embd, generation=(0,) * n_layer)
-    path, vocab_size, block_size = folder / "config.json", "vocab_size", "n_positions"
+    path = folder / "config.json"
     if not path.exists():
-        path, vocab_size, block_size = folder / "hparams.json", "n_vocab", "n_ctx"
+        path = folder / "hparams.json"
     if not path.exists():
         hint = "has no config.json or hparams.json" if folder.is_dir() else "is no folder with weights"
         if folder.is_file():
@@ -441,23 +431,21 @@ def read_config(name_or_folder):
         raise UserError(f"no model: {folder} {hint} ({known})")
     try:
         h = json.loads(path.read_bytes())
-        if "n_ctx" in h:
-            h.setdefault("n_positions", h["n_ctx"])
+        h = {"vocab_size": h.get("n_vocab"), "n_positions": h.get("n_ctx")} | h  # OpenAI's names of these
         if h.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same
             h["activation_function"] = "gelu_new"
         for key, value in (FIXED | {"n_inner": 4 * h["n_embd"]}).items():
             found = h.get(key, value)
             need(found in (None, value), f"{key} is {found!r}, another architecture: give one with {value!r}")
         generation = h.get("generation", [0] * h["n_layer"])
-        fits = len(generation) == h["n_layer"]
-        need(fits, f"generation is not for {h['n_layer']} layers: delete generation and versions")
+        need(len(generation) == h["n_layer"], "not of n_layer blocks: delete generation and versions")
         versions = tuple(h.get("versions", ()))
         if max(generation) not in versions:  # a file's network is finished: a version itself
             versions = (*versions, max(generation))
-        sizes = h[vocab_size], h[block_size], h["n_head"], h["n_embd"]
+        sizes = h["vocab_size"], h["n_positions"], h["n_head"], h["n_embd"]
         positive = all(type(size) is int and size > 0 for size in sizes)
-        need(positive, f"{vocab_size}, {block_size}, n_head, n_embd must be positive integers, not {sizes}")
-        data.check_tokenizer(folder, h[vocab_size])
+        need(positive, f"vocab_size, n_positions, n_head, n_embd must be positive integers, not {sizes}")
+        data.check_tokenizer(folder, h["vocab_size"])
         return GPTConfig(*sizes, generation, versions=versions)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: {'it lacks ' if isinstance(e, KeyError) else ''}{e}") from e

@@ -137,10 +137,10 @@ RIGHT = {  # the server's fault, what lies in PATH.part: requests until the file
     ("redirect", None): 2,
     ("refuses Python", None): 1,
     ("none", "half"): 1,
-    ("none", "all of it"): 1,  # a process was killed before it could rename it
-    ("none", "another end"): 2,
+    ("none", "all of it"): 0,  # a process was killed before it could rename it
+    ("none", "another end"): 1,
     ("none", "another beginning"): 2,
-    ("none", "too long"): 2,
+    ("none", "too long"): 1,
     ("range from elsewhere", "half"): 2,  # the size would be right
 }
 PARTS = {"half": BODY[:HALF], "all of it": BODY, "too long": BODY + b"?"}
@@ -206,9 +206,9 @@ def test_second_mirror_is_tried(tmp_path, fault):
     assert (start > 2_000_000) == (fault == "always truncated")  # it goes on where both calls came to
 
 
-@pytest.mark.skipif(data.fcntl is None, reason="no file locks on this system")
 def test_two_at_once_fetch_once(tmp_path):
     """Ranks and parallel runs start together: who waited must look again before it fetches."""
+    pytest.importorskip("fcntl")
     with serve("slow") as (url, seen), ThreadPoolExecutor() as pool:
         paths = list(pool.map(lambda _: fetch(url, tmp_path / "weights"), range(3)))
     assert set(paths) == {tmp_path / "weights"} and paths[0].read_bytes() == BODY
