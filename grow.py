@@ -12,6 +12,7 @@ Expansions" (Gesmundo & Maile, arXiv 2308.06103).
     mix(losses)                             # predicting with both, each as far as it has been right
 """
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -22,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import UserError, need
-from model import GPT, Block, init_parameter
+from model import GPT, init_parameter
 
 # ----- Insertion -----
 
@@ -38,18 +39,13 @@ def insert_block(model, at, init="copy", generation=None):
     config = model.config
     need(0 <= at <= config.n_layer, f"cannot insert at {at}: give an index from 0 to {config.n_layer}")
     need(init in ("copy", "fresh"), f"unknown block init {init!r}: give copy or fresh")
-    with torch.device("meta"):
-        block = Block(config).to(model.wte.weight.dtype)
-    block.to_empty(device=model.wte.weight.device)
-    if init == "copy":
-        block.load_state_dict(model.h[max(at - 1, 0)].state_dict())
-    else:
+    block = copy.deepcopy(model.h[max(at - 1, 0)]).requires_grad_(True)
+    if init == "fresh":
         for name, p in block.named_parameters():
             init_parameter(name, p, config.n_layer)
     for projection in (block.attn.c_proj, block.mlp.c_proj):
         nn.init.zeros_(projection.weight)
         nn.init.zeros_(projection.bias)
-    block.train(model.training)
     if generation is None:
         generation = max(config.generation) + 1
     model.h.insert(at, block)

@@ -192,7 +192,7 @@ def test_networks_that_share_blocks_run_together_as_alone(device):
             calls.clear()
             grow.run_together(networks, x)
             assert len(calls) == len({tuple(net.h)[: i + 1] for net in networks for i in range(len(net.h))})
-        grow.insert_block(model, at).register_forward_hook(lambda block, *_: calls.append(block))
+        grow.insert_block(model, at)  # a copy, with the hook of the block below
         model.config.versions = (*model.config.versions, max(model.config.generation))
         nets = [grow.version(model, g) for g in model.config.versions]
     other = copy.deepcopy(nets[0])  # it shares nothing: it embeds for itself
