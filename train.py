@@ -39,9 +39,10 @@ from model import GPT, GPTConfig, read_config
 # ----- Options -----
 
 
-def option(default, help, least=None, choices=None, needs=""):
-    """An option of the command line: its least value or all its values, and what it does nothing without."""
-    return field(default=default, metadata=dict(help=help, least=least, choices=choices, needs=needs))
+def option(default, help, least=None, needs="", **more):
+    """An option of the command line: its least value, what it does nothing without, and more for argparse."""
+    more["help"] = f"{help} [{default}]"
+    return field(default=default, metadata=dict(least=least, needs=needs, argparse=more))
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Options:
     log_every: int = option(10, "steps between log lines", least=1)
     save_every: int = option(500, "steps between checkpoints; one more at the end and on Ctrl-C", least=1)
     out: str = option("", "run folder (empty: out/PRESET and the options given)")
-    resume: str = option("no", "go on; auto: if there is a run", choices=["no", "yes", "auto"])
+    resume: str = option("no", "go on; auto: if begun", choices=["no", "yes", "auto"], nargs="?", const="yes")
     # the machine
     device: str = option("auto", "of torch", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option("auto", "of autocast", choices=["auto", "float32", "bfloat16", "float16"])
@@ -147,11 +148,8 @@ def parse(argv):
     p.argument_default = argparse.SUPPRESS  # what is not typed comes from presets and defaults
     p.epilog = "\n".join(f"preset {name}: {values}" for name, values in PRESETS.items())
     for f in fields(Options):
-        choices = f.metadata["choices"]
-        help = f"{'|'.join(choices or [])} {f.metadata['help']} [{f.default}]"
-        more = {"nargs": "?", "const": "yes"} if f.name == "resume" else {}  # --resume alone means yes
         kind = os.path.expanduser if f.type is str else f.type  # a shell leaves the ~ of --out=~/run alone
-        p.add_argument(f"--{f.name}", type=kind, choices=choices, metavar="", help=help, **more)
+        p.add_argument(f"--{f.name}", type=kind, **f.metadata["argparse"])
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     typed, values = vars(p.parse_args(argv[len(words) :])), {}
     for word in words:
