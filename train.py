@@ -138,8 +138,7 @@ PRESETS = {
 }
 # fmt: on
 # What may differ on resuming and names no folder: at most the rounding of what is computed depends on it.
-# (More max_steps prolong a run.)
-MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_every", "max_steps"}
+MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_every"}
 
 
 def parse(argv):
@@ -160,9 +159,8 @@ def parse(argv):
     command = shlex.join(["python", "train.py", *argv])
     o.command = re.sub(" --resume([ =](yes|no|auto))?(?= |$)", "", command)  # that makes the run
     if not o.out:  # options that decide what is computed name the folder
-        free = MAY_CHANGE - ({"max_steps"} if o.lr_schedule == "cosine" else set())
-        named = [f.name for f in fields(o) if f.name in typed and f.name not in free]
-        differs = "".join(f"-{name}={typed[name]}" for name in named)
+        free = MAY_CHANGE | ({"max_steps"} if o.lr_schedule == "constant" else set())  # more prolong a run
+        differs = "".join(f"-{f.name}={typed[f.name]}" for f in fields(o) if f.name in typed.keys() - free)
         o.out = "out/" + "-".join(words or ["card"]) + re.sub(r"[^\w.=-]", "_", differs)
     for f in fields(o):
         given, least, needs = getattr(o, f.name), f.metadata["least"], f.metadata["needs"]
@@ -230,7 +228,7 @@ def find_checkpoint(o):
     then, now = state["log"][0]["config"], asdict(o)
     if o.lr_schedule == "constant" and o.max_steps > then["max_steps"]:
         then["max_steps"] = o.max_steps  # a longer run begins in the same way
-    names = [name for name in then if name in now and name not in MAY_CHANGE - {"max_steps"}]
+    names = [name for name in then if name in now and name not in MAY_CHANGE]
     differs = [f"--{name}={then[name]} (now {now[name]})" for name in names if then[name] != now[name]]
     need(not differs, f"the run in {out} has {', '.join(differs)}: resume with those, or give another --out")
     return state
