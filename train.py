@@ -143,17 +143,15 @@ MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_
 
 def parse(argv):
     """Command line -> Options: presets, then options. What argparse refuses ends the program."""
-    p = ev.parser("train.py", __doc__, "[preset ...] [--option=value ...]")
+    p = ev.parser("train.py", __doc__, f"[{'|'.join(PRESETS)} ...] [--option=value ...]")
     p.argument_default = argparse.SUPPRESS  # what is not typed comes from presets and defaults
     p.epilog = "\n".join(f"preset {name}: {values}" for name, values in PRESETS.items())
     for f in fields(Options):
         kind = os.path.expanduser if f.type is str else f.type  # a shell leaves the ~ of --out=~/run alone
         p.add_argument(f"--{f.name}", type=kind, **f.metadata["argparse"])
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    words = list(itertools.takewhile(lambda word: word in PRESETS, argv))
     typed, values = vars(p.parse_args(argv[len(words) :])), {}
     for word in words:
-        if word not in PRESETS:
-            p.error(f"no preset {word!r}: give {', '.join(PRESETS)}, then --option=value")
         values |= PRESETS[word]
     o = Options(**values | typed)
     command = shlex.join(["python", "train.py", *argv])
