@@ -43,9 +43,8 @@ def insert_block(model, at, init="copy", generation=None):
     if init == "fresh":
         for name, p in block.named_parameters():
             init_parameter(name, p, config.n_layer)
-    for projection in (block.attn.c_proj, block.mlp.c_proj):
-        nn.init.zeros_(projection.weight)
-        nn.init.zeros_(projection.bias)
+    for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
+        nn.init.zeros_(p)
     if generation is None:
         generation = max(config.generation) + 1
     model.h.insert(at, block)
