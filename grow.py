@@ -405,8 +405,8 @@ def compile_objective(objective):
     """Compile what is not compiled yet: each block, and the final norm with head and loss.
     Blocks that do the same work share one graph, of which their parameters are inputs: two functions,
     whatever the depth. A compiled whole network would be compiled anew at every growth."""
-    for net in (objective.model, objective.teacher):
-        for block in net.h if net is not None else ():
+    for net in objective.children():  # the model and, if there is one, the teacher
+        for block in net.h:
             if block._compiled_call_impl is None:
                 block.compile(dynamic=False)
     if not objective.compiled:
