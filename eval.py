@@ -137,23 +137,19 @@ def logits(model, hidden):
 LOGITS = 1 << 24  # of a network at a time, or one row's: those of a batch of long windows take gigabytes
 
 
-def token_losses(nets, x, y, kl):
-    """Nats of each of K networks for targets y (B, T): (K, B, T). With `kl`, KL(last but one || last) of
-    each token's distribution behind them: (K + 1, B, T)."""
-    rows = max(1, LOGITS // (x.size(1) * nets[-1].config.vocab_size))
-    hidden = [out.split(rows) for out in grow.run_together(nets, x)]  # of (rows, T, C)
-    return torch.cat([row_losses(nets, *part, kl) for part in zip(zip(*hidden), y.split(rows))], 1)
-
-
-def row_losses(nets, hidden, y, kl):
-    nats, log_q = [], None
-    for net, x in zip(nets, hidden):
-        log_p, log_q = log_q, None  # the network before: nothing else stays in memory
-        log_q = F.log_softmax(logits(net, x), -1)  # (rows, T, V)
-        nats.append(-log_q.gather(-1, y.clamp(min=0)[..., None])[..., 0])  # (rows, T)
-    if kl:
-        nats.append((log_p - log_q).mul_(log_p.exp()).sum(-1))
-    return torch.stack(nats)
+def token_losses(nets, hidden, y, kl=False):
+    """Nats of each of K networks, from their last outputs (B, T, C), for targets y (B, T): (K, B, T). With
+    `kl`, KL(last but one || last) of each token's distribution behind them: (K + 1, B, T)."""
+    rows, losses = max(1, LOGITS // (y.size(1) * nets[-1].config.vocab_size)), []
+    for targets, *outputs in zip(y.split(rows), *(out.split(rows) for out in hidden)):
+        nats, log_q = [], None
+        for net, x in zip(nets, outputs):
+            log_p, log_q = log_q, F.log_softmax(logits(net, x), -1)  # (rows, T, V)
+            nats.append(-log_q.gather(-1, targets.clamp(min=0)[..., None])[..., 0])  # (rows, T)
+        if kl:
+            nats.append((log_p - log_q).mul_(log_p.exp()).sum(-1))
+        losses.append(torch.stack(nats))
+    return torch.cat(losses, 1)
 
 
 TOGETHER = 4096  # at most so many windows are kept token by token, and mixed in one loop over T
@@ -189,7 +185,8 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
         for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
-                nats.append(torch.where(y >= 0, token_losses(nets, x, y, kl), 0.0))
+                losses = token_losses(nets, grow.run_together(nets, x), y, kl)
+                nats.append(torch.where(y >= 0, losses, 0.0))
                 numbers += range(first, first + batch_size)
             if nats and (len(numbers) >= TOGETHER or first + batch_size >= windows):
                 sums[:, numbers] = window_sums(nats, K)
@@ -511,19 +508,17 @@ class Mixture(torch.nn.Module):
 
     def predict(self, idx, cache):
         """Log probabilities (B, V) of what follows idx (B, T), with the cache of grow.run_together."""
-        outputs = list(zip(self.nets, grow.run_together(self.nets, idx, cache=cache)))
-        if self.log_p is None:
-            losses = row_losses(self.nets, [x[:, :-1] for _, x in outputs], idx[:, 1:], kl=False)
-            losses = losses.cpu().double()  # (K, B, T - 1)
+        hidden = grow.run_together(self.nets, idx, cache=cache)
+        if self.log_p is None:  # nobody predicts the first token: a loss of 0 keeps all weights equal
+            losses = token_losses(self.nets, hidden, idx.roll(-1, 1))[..., :-1]
+            losses = F.pad(losses, (1, 0)).cpu().double()  # (K, B, T)
         else:
-            losses = -self.log_p.gather(-1, idx[:, -1:].cpu().expand(len(outputs), -1, 1))  # (K, B, 1)
+            losses = -self.log_p.gather(-1, idx[:, -1:].cpu().expand(len(hidden), -1, 1))  # (K, B, 1)
         for loss in losses.unbind(-1):  # (K, B)
             _, self.log_w = grow.mix_token(self.log_w, loss)
-        log_p = [logits(net, x[:, -1]) for net, x in outputs]  # of (B, V)
+        log_p = [logits(net, x[:, -1]) for net, x in zip(self.nets, hidden)]  # of (B, V)
         self.log_p = torch.stack(log_p).cpu().double().log_softmax(-1)
-        log_w = -math.log(len(outputs))  # of each network, where none has predicted anything yet
-        if self.log_w is not None:
-            log_w = self.log_w.logsumexp(0)[..., None]  # (K, B, 1)
+        log_w = self.log_w.logsumexp(0)[..., None]  # of each network (K, B, 1)
         return torch.logsumexp(log_w + self.log_p, 0)
 
 
