@@ -102,7 +102,7 @@ def protocol(split, context, device, dtype, mixed=False):
 
 def count_windows(count, block_size, windows=0):
     """How many windows `count` tokens have, at most `windows` (0: all). One token alone predicts nothing."""
-    available = max(math.ceil(count / block_size) - (count % block_size == 1), 1)
+    available = math.ceil((count - 1) / block_size)
     return min(windows or available, available)
 
 
@@ -225,8 +225,7 @@ def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
 def block_use(model, tokens, block_size, rows=8):
     """For each block, mean over the tokens of the first windows of |block(x) - x| / |x|: how much it changes
     what passes."""
-    windows = count_windows(len(tokens), block_size, rows)
-    _, idx, targets = next(window_batches(tokens, block_size, rows, windows))
+    _, idx, targets = next(window_batches(tokens, block_size, rows, rows))
     predicted, use = targets >= 0, []  # (B, T)
     model.eval()
     with torch.compiler.set_stance("force_eager"):
