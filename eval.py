@@ -245,16 +245,16 @@ def by_kind(folder, rows):
     """Rows of a log by kind: header and result are dicts or None, the others lists of dicts."""
     run = {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "eval", "event")}
     single = {row["kind"]: row for row in rows}
-    return run | {"folder": str(Path(folder)), "header": single.get("header"), "result": single.get("result")}
+    run |= {"header": single.get("header"), "result": single.get("result")}
+    return run | {"folder": str(Path(folder)), "name": Path(folder).name}
 
 
-def read_run(folder, finished=False):
-    """A run's metrics.jsonl, by kind. Raises UserError where there is none, or none that is finished."""
+def read_run(folder):
+    """A finished run's metrics.jsonl, by kind. Raises UserError where there is none, or no result."""
     path = Path(folder).absolute() / "metrics.jsonl"
     need(path.exists(), f"no run in {path.parent}; to measure a model, give --dataset or --prompt")
     run = by_kind(folder, data.read_jsonl(path))
-    whole = run["result"] or not finished
-    need(whole, f"{path.parent} is not finished: run its command again with --resume")
+    need(run["result"], f"{path.parent} is not finished: run its command again with --resume")
     return run
 
 
@@ -295,7 +295,7 @@ def comparison(runs):
     same_start = len({run["header"]["init_sha256"] for run in runs}) == 1
     rows, lines = [], sorted({run["result"]["protocol"] for run in runs})
     for run in runs:
-        name, start, end = Path(run["folder"]).name, run["header"], run["result"]
+        name, start, end = run["name"], run["header"], run["result"]
         before = "before" if same_start else f"before {name}"
         for label, predictor in ((before, "base"), (f"{name} alone", "grown"), (f"{name} mixed", "mixed")):
             losses = {head: end[key][predictor] for key, head in heads.items()}
@@ -351,7 +351,7 @@ that trained. Use: |block(x) - x| / |x|."""
 
 def tables(run):
     """A finished run in Markdown."""
-    return f"## Summary of {Path(run['folder']).name}\n{comparison([run])}\n\n## Growths\n{growths(run)}"
+    return f"## Summary of {run['name']}\n{comparison([run])}\n\n## Growths\n{growths(run)}"
 
 
 def report(run):
@@ -428,7 +428,7 @@ def model_card(run):
     """The README.md that stands beside a run's export: this run's numbers and, but for its command, no path
     of this machine."""
     start, c, result = run["header"], run["header"]["config"], run["result"]
-    init, name = Path(c["init"]).name, json.dumps(Path(run["folder"]).name)  # JSON is YAML
+    init, name = Path(c["init"]).name, json.dumps(run["name"])  # JSON is YAML
     learned = Path(result["learn"]["dataset"]).name
     metrics = {"test loss": result["learn"]["grown"], "forgetting": forgetting(result)}
     metrics["test loss on the old text"] = result["retain"]["grown"]
@@ -589,7 +589,7 @@ def find_networks(a):
     for name in a.names:
         folder = name
         if Path(name, "metrics.jsonl").exists():  # a run: the network that it exported
-            run, folder = read_run(name, finished=True), f"{name}/model"
+            run, folder = read_run(name), f"{name}/model"
             contexts.append(run["header"]["config"]["block_size"])
         model = GPT.from_pretrained(folder).eval()
         contexts.append(model.config.block_size)
@@ -608,7 +608,7 @@ def find_networks(a):
 def main(argv):
     a = arguments(argv)
     if a.prompt is None and not (a.texts or a.out):
-        runs = [read_run(name, finished=True) for name in a.names]
+        runs = [read_run(name) for name in a.names]
         if a.plot:
             plot(runs, a.plot)
         print(tables(runs[0]) if len(runs) == 1 else comparison(runs))
