@@ -388,38 +388,34 @@ def plot(runs, path):
         raise UserError("a plot needs matplotlib: pip install matplotlib") from e
     figure = Figure(figsize=(17, 5), layout="constrained")
     new, old, frontier = figure.subplots(1, 3)
-    new.set(title="new text, dots: growths", xlabel="step", ylabel="validation loss, nats per token")
+    new.set(title="new text, marks: growths", xlabel="step", ylabel="validation loss, nats per token")
     old.set(title="old text", xlabel="step")
     frontier.set(title="on the test splits; lower left is better", xlabel="new text: loss")
-    frontier.set(ylabel="old text: forgetting", ylim=(-0.1, 0.1))  # at least
-    for axis, key in ((new, "learn"), (old, "retain")):
-        ends = []  # (loss, step, name, color) where a line ends
-        for i, run in enumerate(runs):
-            name = Path(run["folder"]).name
-            for which, style, label in ((key, "-", name), (f"{key}_mixed", "--", f"{name}, mixed")):
-                points = [(e["step"], e[which]) for e in run["eval"] if e.get(which) is not None]
-                if points:
-                    axis.plot(*zip(*points), style, color=f"C{i}")
-                    ends.append((points[-1][1], points[-1][0], label, f"C{i}"))
-            for e in run["event"]:
-                if e[f"{key}_after"] is not None:
-                    axis.plot(e["step"], e[f"{key}_after"], "o", color=f"C{i}")
-        axis.set_xlim(right=1.35 * axis.get_xlim()[1])  # room for the names
-        low, high = axis.get_ylim()
-        at = low
-        for loss, step, label, color in sorted(ends):
-            at = max(loss, at + 0.05 * (high - low))  # no name on another
-            axis.annotate(f" {label}", (step, at), color=color, va="center")
-    for i, run in enumerate(runs):
-        name, r = Path(run["folder"]).name, run["result"]
-        for predictor, mark, label in (("grown", "o", name), ("mixed", "*", f"{name}, mixed")):
-            if r["retain"][predictor] is not None:
-                point = r["learn"][predictor], forgetting(r, predictor)
-                frontier.plot(*point, mark, color=f"C{i}")
-                frontier.annotate(f" {label}", point, va="center")
-                low, high = frontier.get_ylim()
-                frontier.set_ylim(min(low, point[1] - 0.05), max(high, point[1] + 0.05))
+    frontier.set(ylabel="old text: forgetting")
     frontier.margins(x=0.4)
+    frontier.axhspan(-0.1, 0.1, alpha=0)  # so much is seen at least
+    for i, run in enumerate(runs):
+        name, color, end = run["name"], f"C{i}", run["result"]
+        grown = [e["step"] for e in run["event"]]
+        for way, suffix, style in (("grown", "", "o-"), ("mixed", "_mixed", "*--")):
+            label = f"{name}, mixed" if suffix else name
+            for axis, key in ((new, f"learn{suffix}"), (old, f"retain{suffix}")):
+                points = [(e["step"], e[key]) for e in run["eval"] if e.get(key) is not None]
+                dots = [n for n, (step, _) in enumerate(points) if step in grown]
+                if points:
+                    axis.plot(*zip(*points), style, color=color, label=label, markevery=dots)
+            if end["retain"][way] is not None:
+                point = end["learn"][way], forgetting(end, way)
+                frontier.plot(*point, style, color=color)
+                frontier.annotate(f" {label}", point, va="center")
+    for axis in (new, old):
+        axis.set_xlim(right=1.35 * axis.get_xlim()[1])  # room for the names
+        at, high = axis.get_ylim()
+        apart = 0.05 * (high - at)
+        for line in sorted(axis.lines, key=lambda line: line.get_ydata()[-1]):
+            step, loss = (values[-1] for values in line.get_data())
+            at = max(loss, at + apart)  # no name on another
+            axis.annotate(f" {line.get_label()}", (step, at), color=line.get_color(), va="center")
     figure.savefig(path, dpi=110)
     print(f"picture: {Path(path).absolute()}", file=sys.stderr)
 
