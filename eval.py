@@ -478,12 +478,11 @@ keeps its own licence.
 def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0):
     """The prompt and its continuation, as text: by one network, or by several mixed."""
     vocab_size = nets[-1].config.vocab_size
-    prompt = data.encode(prompt, vocab_size).tolist()
-    torch.manual_seed(seed)
-    ids = torch.tensor([prompt], device=nets[-1].wte.weight.device)
+    ids = torch.tensor([data.encode(prompt, vocab_size).tolist()], device=nets[-1].wte.weight.device)
     net = Mixture(nets) if len(nets) > 1 else nets[0]
+    torch.manual_seed(seed)
     ids = net.generate(ids, max_new_tokens, temperature, top_k or None)[0].tolist()
-    return data.decode(prompt + [i for i in ids[len(prompt) :] if i != vocab_size - 1], vocab_size)
+    return data.decode(ids, vocab_size).removesuffix(data.EOT)
 
 
 class Mixture(torch.nn.Module):
