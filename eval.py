@@ -135,6 +135,7 @@ def logits(model, hidden):
 
 
 LOGITS = 1 << 24  # of a network at a time, or one row's: those of a batch of long windows take gigabytes
+TOGETHER = 4096  # at most so many windows are kept token by token, and mixed in one loop over T
 
 
 def token_losses(nets, hidden, y, kl=False):
@@ -150,9 +151,6 @@ def token_losses(nets, hidden, y, kl=False):
             nats.append((log_p - log_q).mul_(log_p.exp()).sum(-1))
         losses.append(torch.stack(nats))
     return torch.cat(losses, 1)
-
-
-TOGETHER = 4096  # at most so many windows are kept token by token, and mixed in one loop over T
 
 
 def window_sums(nats, K):
@@ -171,8 +169,7 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     Ranks share the batches, and all get the whole result. Raises UserError if block_size exceeds a model's
     or there is nothing to predict."""
     limit = min(net.config.block_size for net in nets)
-    fits = 2 <= block_size <= limit
-    need(fits, f"block_size must be from 2 to the model's {limit}, not {block_size}")
+    need(2 <= block_size <= limit, f"block_size must be from 2 to the model's {limit}, not {block_size}")
     need(len(tokens) >= 2, "there is nothing to predict in fewer than two tokens")
     was_training, device, K = nets[-1].training, nets[-1].wte.weight.device, len(nets)
     for net in nets:
