@@ -575,7 +575,7 @@ def measure_texts(a, nets, block_size, device, dtype):
         print("\nworse: windows on which it is worse than the first network by more than a nat")
 
 
-def find_networks(a):
+def find_networks(a, device):
     """({name: network} of all versions of all models that were named, the context to measure with)."""
     nets, contexts = {}, []
     for name in a.names:
@@ -583,7 +583,7 @@ def find_networks(a):
         if Path(name, "metrics.jsonl").exists():  # a run: the network that it exported
             run, folder = read_run(name), f"{name}/model"
             contexts.append(run["header"]["config"]["block_size"])
-        model = GPT.from_pretrained(folder).eval()
+        model = GPT.from_pretrained(folder).to(device)
         contexts.append(model.config.block_size)
         versions = model.config.versions if a.version is None else [a.version]
         for g in versions if a.alpha is None else versions[-1:]:
@@ -606,12 +606,10 @@ def main(argv):
         print(tables(runs[0]) if len(runs) == 1 else comparison(runs))
         return
     device, dtype = choose_machine(a.device, a.dtype)
-    nets, block_size = find_networks(a)
+    nets, block_size = find_networks(a, device)
     if a.out:
         list(nets.values())[-1].save_pretrained(a.out)
         print(f"written: {Path(a.out).absolute()}")
-    for net in nets.values():
-        net.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if a.prompt is not None:
             print(sample(list(nets.values()), a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
