@@ -211,11 +211,10 @@ def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
     nats per predicted token. All None where there are no tokens."""
     if tokens is None:
         return dict.fromkeys(("windows", "base", "grown", "mixed", "kl"))
-    keeps = len(grown.config.versions) > 1
-    nets = grow.networks(grown) if keeps else [base, grown]
-    m = measure(nets, tokens, block_size, batch_size, windows, kl=True)
+    versions = grow.networks(grown)
+    m = measure([*versions[:-2], base, grown], tokens, block_size, batch_size, windows, kl=True)
     found = {"windows": m["windows"], "base": m["losses"][-2], "grown": m["losses"][-1]}
-    return found | {"mixed": m["mixed"] if keeps else None, "kl": m["kl"]}
+    return found | {"mixed": m["mixed"] if len(versions) > 1 else None, "kl": m["kl"]}
 
 
 @torch.no_grad()
