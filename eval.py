@@ -139,8 +139,8 @@ TOGETHER = 4096  # at most so many windows are kept token by token, and mixed in
 
 
 def token_losses(nets, hidden, y, kl=False):
-    """Nats of each of K networks, from their last outputs (B, T, C), for targets y (B, T): (K, B, T). With
-    `kl`, KL(last but one || last) of each token's distribution behind them: (K + 1, B, T)."""
+    """Nats of each of K networks, from their last outputs (B, T, C), for targets y (B, T), 0 where y is -1:
+    (K, B, T). With `kl`, KL(last but one || last) of each token's distribution behind them: (K + 1, B, T)."""
     rows, losses = max(1, LOGITS // (y.size(1) * nets[-1].config.vocab_size)), []
     for targets, *outputs in zip(y.split(rows), *(out.split(rows) for out in hidden)):
         nats, log_q = [], None
@@ -150,7 +150,7 @@ def token_losses(nets, hidden, y, kl=False):
         if kl:
             nats.append((log_p - log_q).mul_(log_p.exp()).sum(-1))
         losses.append(torch.stack(nats))
-    return torch.cat(losses, 1)
+    return torch.where(y >= 0, torch.cat(losses, 1), 0.0)
 
 
 def window_sums(nats, K):
@@ -182,8 +182,7 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
         for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
-                losses = token_losses(nets, grow.run_together(nets, x), y, kl)
-                nats.append(torch.where(y >= 0, losses, 0.0))
+                nats.append(token_losses(nets, grow.run_together(nets, x), y, kl))
                 numbers += range(first, first + batch_size)
             if nats and (len(numbers) >= TOGETHER or first + batch_size >= windows):
                 sums[:, numbers] = window_sums(nats, K)
@@ -500,8 +499,8 @@ class Mixture(torch.nn.Module):
         """Log probabilities (B, V) of what follows idx (B, T), with the cache of grow.run_together."""
         hidden = grow.run_together(self.nets, idx, cache=cache)
         if self.log_p is None:  # nobody predicts the first token: a loss of 0 keeps all weights equal
-            losses = token_losses(self.nets, hidden, idx.roll(-1, 1))[..., :-1]
-            losses = F.pad(losses, (1, 0)).cpu().double()  # (K, B, T)
+            y = F.pad(idx[:, 1:], (0, 1), value=-1)  # (B, T)
+            losses = token_losses(self.nets, hidden, y).roll(1, -1).cpu().double()  # (K, B, T)
         else:
             losses = -self.log_p.gather(-1, idx[:, -1:].cpu().expand(len(hidden), -1, 1))  # (K, B, 1)
         for loss in losses.unbind(-1):  # (K, B)
