@@ -360,8 +360,7 @@ def report(run):
 The network: {folder}/model
 The growths one by one, and a picture: python eval.py {folder} --plot=run.png
 Text from it: python eval.py {folder} --prompt='Once upon a time'"""
-    command = run["header"]["command"]
-    c = run["header"]["config"]
+    command, c = run["header"]["command"], run["header"]["config"]
     if run["event"] and "--kd" not in command and not (c["replay"] or c["ewc_lambda"]):
         text += f"\nOrdinary fine-tuning: {command} --max_growths=0 --kd_weight=0 --out={folder}-full"
     if len(end["versions"]) > 1:
@@ -385,8 +384,7 @@ def plot(runs, path):
     new, old, frontier = figure.subplots(1, 3)
     new.set(title="new text, marks: growths", xlabel="step", ylabel="validation loss, nats per token")
     old.set(title="old text", xlabel="step")
-    frontier.set(title="on the test splits; lower left is better", xlabel="new text: loss")
-    frontier.set(ylabel="old text: forgetting")
+    frontier.set(title="test loss; lower left is better", xlabel="new text", ylabel="old text: forgetting")
     frontier.margins(x=0.4)
     frontier.axhspan(-0.1, 0.1, alpha=0)  # so much is seen at least
     for i, run in enumerate(runs):
