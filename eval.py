@@ -172,8 +172,7 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     need(2 <= block_size <= limit, f"block_size must be from 2 to the model's {limit}, not {block_size}")
     need(len(tokens) >= 2, "there is nothing to predict in fewer than two tokens")
     was_training, device, K = nets[-1].training, nets[-1].wte.weight.device, len(nets)
-    for net in nets:
-        net.eval()
+    together = torch.nn.ModuleList(nets).eval()
     windows = count_windows(len(tokens), block_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sums = torch.zeros(K + 1 + kl, windows + batch_size, dtype=torch.float64)  # the last batch may be longer
@@ -187,8 +186,7 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
             if nats and (len(numbers) >= TOGETHER or first + batch_size >= windows):
                 sums[:, numbers] = window_sums(nats, K)
                 nats, numbers = [], []
-    for net in nets:
-        net.train(was_training)
+    together.train(was_training)
     if world > 1:  # each window has one owner, so these are the figures of a single process
         dist.all_reduce(sums)
     sums = sums[:, :windows]
