@@ -45,11 +45,10 @@ from model import GPT, SIZES
 def choose_machine(device="auto", dtype="auto"):
     """(torch.device, torch.dtype) for two options. Sets what torch and the C library need for the device."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # no backend passes gradients between MPS devices
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available() and alone
+    has = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
-        device = "cuda" if cuda else "mps" if mps else "cpu"
-    there = {"cuda": cuda, "mps": mps, "cpu": True}[device]
-    need(there, f"torch sees no {device} that can be used here: give --device=auto")
+        device = next(name for name in has if has[name])  # the best
+    need(has[device], f"torch sees no {device} that can be used here: give --device=auto")
     best = "float32"
     if device == "cpu":
         keep_freed_memory()
