@@ -87,6 +87,13 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: and take nothing that would have to be given back
 
 
+def over_ranks(tensor, op=dist.ReduceOp.SUM):
+    """A tensor reduced in place over all processes: what one of them has, all have."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
 # ----- The one loss -----
 
 
@@ -144,7 +151,8 @@ def token_losses(nets, hidden, y, kl=False):
     for targets, *outputs in zip(y.split(rows), *(out.split(rows) for out in hidden)):
         nats, log_q = [], None
         for net, x in zip(nets, outputs):
-            log_p, log_q = log_q, F.log_softmax(logits(net, x), -1)  # (rows, T, V)
+            log_p, log_q = log_q, None  # the network before: nothing else stays in memory
+            log_q = F.log_softmax(logits(net, x), -1)  # (rows, T, V)
             nats.append(-log_q.gather(-1, targets.clamp(min=0)[..., None])[..., 0])  # (rows, T)
         if kl:
             nats.append((log_p - log_q).mul_(log_p.exp()).sum(-1))
@@ -186,9 +194,7 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
                 sums[:, numbers] = window_sums(nats, K)
                 nats, numbers = [], []
     together.train(was_training)
-    if world > 1:  # each window has one owner, so these are the figures of a single process
-        dist.all_reduce(sums)
-    sums = sums[:, :windows]
+    sums = over_ranks(sums)[:, :windows]  # of windows with one owner each: the figures of a single process
     predicted = min(len(tokens), windows * block_size) - windows
     mean = (sums.sum(-1) / predicted).tolist()
     worse = (sums - sums[0] > 1).sum(-1).tolist()
@@ -241,12 +247,13 @@ def by_kind(folder, rows):
     return run | {"folder": str(Path(folder)), "name": Path(folder).name}
 
 
-def read_run(folder):
-    """A finished run's metrics.jsonl, by kind. Raises UserError where there is none, or no result."""
+def read_run(folder, finished=False):
+    """A run's metrics.jsonl, by kind. Raises UserError where there is none, or none that is finished."""
     path = Path(folder).absolute() / "metrics.jsonl"
     need(path.exists(), f"no run in {path.parent}; to measure a model, give --dataset or --prompt")
     run = by_kind(folder, data.read_jsonl(path))
-    need(run["result"], f"{path.parent} is not finished: run its command again with --resume")
+    whole = run["result"] or not finished
+    need(whole, f"{path.parent} is not finished: run its command again with --resume")
     return run
 
 
@@ -574,7 +581,7 @@ def find_networks(a, device):
     for name in a.names:
         folder = name
         if Path(name, "metrics.jsonl").exists():  # a run: the network that it exported
-            run, folder = read_run(name), f"{name}/model"
+            run, folder = read_run(name, finished=True), f"{name}/model"
             contexts.append(run["header"]["config"]["block_size"])
         model = GPT.from_pretrained(folder).to(device)
         contexts.append(model.config.block_size)
@@ -593,7 +600,7 @@ def find_networks(a, device):
 def main(argv):
     a = arguments(argv)
     if a.prompt is None and not (a.texts or a.out):
-        runs = [read_run(name) for name in a.names]
+        runs = [read_run(name, finished=True) for name in a.names]
         if a.plot:
             plot(runs, a.plot)
         print(tables(runs[0]) if len(runs) == 1 else comparison(runs))

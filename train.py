@@ -286,10 +286,8 @@ def train(o):
     for key, what in {"init_sha256": o.init, "sha256": "a text"}.items():
         need(log[0][key] == header[key], f"{what} is not what {out} started with: restore it")
     log[0] = header  # it tells of the last start
-    steps = [first] * world
-    if world > 1:
-        dist.all_gather_object(steps, first)
-    need(len(set(steps)) == 1, f"not all processes see the same {out}: put it on a disk that all share")
+    least, most = (ev.over_ranks(torch.tensor(first), op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    need(least == most, f"not all processes see the same {out}: put it on a disk that all share")
     evals = [row for row in log if row["kind"] == "eval"]
     events = [row for row in log if row["kind"] == "event"]
 
@@ -304,7 +302,8 @@ def train(o):
         batches = (data.batch(texts["retain"]["train"], T, 8, i, o.seed)[0] for i in range(o.ewc_batches))
         ewc = grow.EWC(base, (x.to(device) for x in batches), torch.Generator(device).manual_seed(o.seed))
     if o.kd_weight and o.kd_on == "generated" and generated is None:
-        print(f"the pretrained network generates {o.generated} rows of text")
+        uses = o.max_steps * o.grad_accum * o.distilled
+        print(f"the pretrained network generates {o.generated} rows of text; training draws {uses} from them")
         generated = grow.generate_text(base, o.generated * T + 1, o.seed)
     base.requires_grad_(False)
     if o.originals_never_train:
@@ -357,23 +356,15 @@ def train(o):
 
     def last_step():
         """Of the last optimizer step, over all ranks: next-token loss, distillation, EWC, gradient norm."""
-        total = losses.clone()
-        if world > 1:
-            dist.all_reduce(total)
-            total /= world
-        *terms, norm = total.tolist()
+        *terms, norm = (ev.over_ranks(losses.clone()) / world).tolist()
         return *terms, norm if math.isfinite(norm) or not scaler.is_enabled() else None
 
     print(f"{o.command} (all options are in {out}/metrics.jsonl)")
     print(f"{header['machine']}; {header['layers']} layers, {header['parameters']:,} parameters")
-    if o.init != "scratch" and not o.originals_never_train:
-        how = "; --first_growth=0 --freeze=base keeps it" if o.max_growths else ""
-        print(f"the pretrained network trains, and is not kept{how}")
+    if o.init != "scratch" and not keeps:
+        print("the pretrained network trains, and is not kept: --first_growth=0 --freeze=base keeps it")
     if o.max_growths and o.starts_growing >= o.max_steps:
         print(f"no growth will happen: the first is due at step {o.starts_growing} of {o.max_steps}")
-    uses = o.max_steps * o.grad_accum * o.distilled
-    if o.kd_on == "generated" and uses > 1.5 * o.generated:
-        print(f"training takes {uses} rows from {o.generated} generated ones: --generated={uses} has enough")
     if first:
         print(f"resumed at step {first} with {model.config.n_layer} layers")
 
@@ -439,9 +430,7 @@ def train(o):
         # --- save; at step 0, too, so that a folder that cannot be written is found before work is lost
         if world == 1 or device.type == "cpu" or step % o.log_every == 0:  # a GPU would have to wait for this
             received = torch.tensor(max(signals, default=0))
-            if world > 1:
-                dist.all_reduce(received, dist.ReduceOp.MAX)  # so that all ranks stop at the same step
-            stopped_by = received.item()
+            stopped_by = ev.over_ranks(received, dist.ReduceOp.MAX).item()  # all stop at the same step
         if saves or stopped_by:  # a loss scaler makes infinite gradients on purpose, and skips those steps
             need(scaler.is_enabled() or losses.isfinite().all(), not_finite)
         if (saves or stopped_by) and rank == 0:
@@ -503,9 +492,8 @@ def train(o):
     if data.sha256(p.detach().cpu().numpy() for p in base.parameters()) != header["init_sha256"]:
         raise RuntimeError("the network before the run changed, and it must not")
     # From here on the network is finished: a version itself, beside those that are in it as they were.
-    versions = (*(model.config.versions if keeps else ()), max(model.config.generation))
-    model.config.versions = versions
-    result = {"layers": model.config.n_layer, "versions": versions, **sizes()}
+    model.config.versions = (*(model.config.versions if keeps else ()), max(model.config.generation))
+    result = {"layers": model.config.n_layer, "versions": model.config.versions, **sizes()}
     with autocast:
         for key, text in texts.items():
             losses = ev.compare(base, model, text and text["test"], T, o.batch_size, o.test_windows)
