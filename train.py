@@ -41,7 +41,7 @@ from model import GPT, GPTConfig, read_config
 
 def option(default, help, least=None, needs="", **more):
     """An option of the command line: its least value, what it does nothing without, and more for argparse."""
-    more["help"] = f"{help} [{default}]"
+    more["help"] = f"{'|'.join(more.get('choices', []))} {help} [{default}]"
     return field(default=default, metadata=dict(least=least, needs=needs, argparse=more))
 
 
@@ -148,7 +148,7 @@ def parse(argv):
     p.epilog = "\n".join(f"preset {name}: {values}" for name, values in PRESETS.items())
     for f in fields(Options):
         kind = os.path.expanduser if f.type is str else f.type  # a shell leaves the ~ of --out=~/run alone
-        p.add_argument(f"--{f.name}", type=kind, **f.metadata["argparse"])
+        p.add_argument(f"--{f.name}", type=kind, metavar="", **f.metadata["argparse"])
     words = list(itertools.takewhile(lambda word: word in PRESETS, argv))
     typed, values = vars(p.parse_args(argv[len(words) :])), {}
     for word in words:
