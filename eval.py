@@ -160,12 +160,6 @@ def token_losses(nets, hidden, y, kl=False):
     return torch.where(y >= 0, torch.cat(losses, 1), 0.0)
 
 
-def window_sums(nats, K):
-    """Of batches of nats (K or K + 1, B, T) the sums over T, and last those of the K networks mixed."""
-    nats = torch.cat(nats, 1).cpu().double()  # (K or K + 1, windows, T)
-    return torch.stack([*nats.sum(-1), grow.mix(nats[:K]).sum(-1)])  # (K + 1 or K + 2, windows)
-
-
 @torch.no_grad()
 def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     """In one pass over the first `windows` windows (0: all) of tokens (N,), by the protocol above, a dict:
@@ -191,7 +185,8 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
                 nats.append(token_losses(nets, grow.run_together(nets, x), y, kl))
                 numbers += range(first, first + batch_size)
             if nats and (len(numbers) >= TOGETHER or first + batch_size >= windows):
-                sums[:, numbers] = window_sums(nats, K)
+                nats = torch.cat(nats, 1).cpu().double()  # (K or K + 1, windows, T)
+                sums[:, numbers] = torch.stack([*nats.sum(-1), grow.mix(nats[:K]).sum(-1)])
                 nats, numbers = [], []
     together.train(was_training)
     sums = over_ranks(sums)[:, :windows]  # of windows with one owner each: the figures of a single process
