@@ -236,9 +236,8 @@ def block_use(model, tokens, block_size, rows=8):
 
 def by_kind(folder, rows):
     """Rows of a log by kind: header and result are dicts or None, the others lists of dicts."""
-    run = {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "eval", "event")}
-    single = {row["kind"]: row for row in rows}
-    run |= {"header": single.get("header"), "result": single.get("result")}
+    run = {"header": None, "result": None} | {row["kind"]: row for row in rows}
+    run |= {kind: [row for row in rows if row["kind"] == kind] for kind in ("step", "eval", "event")}
     return run | {"folder": str(Path(folder)), "name": Path(folder).name}
 
 
