@@ -510,15 +510,14 @@ class Mixture(torch.nn.Module):
 # ----- Command line -----
 
 
-def parser(program, description, usage):
+def parser(usage, description):
     """argparse without abbreviations, and with a file's docstring as it stands."""
     lines = argparse.RawDescriptionHelpFormatter
-    usage = f"python {program} {usage}"
-    return argparse.ArgumentParser(program, usage, description, formatter_class=lines, allow_abbrev=False)
+    return argparse.ArgumentParser(None, usage, description, formatter_class=lines, allow_abbrev=False)
 
 
 def arguments(argv):
-    p = parser("eval.py", __doc__, "NAME [NAME ...] [--option=value ...]")
+    p = parser("python eval.py NAME [NAME ...] [--option=value ...]", __doc__)
     path = os.path.expanduser
     p.add_argument("names", nargs="+", type=path, help="run folders, or models: gpt2 ..., a folder")
     p.add_argument("--plot", type=path, metavar="FILE.png", help="draw losses and frontier, by matplotlib")

@@ -143,7 +143,7 @@ MAY_CHANGE = {"out", "resume", "device", "dtype", "compile", "log_every", "save_
 
 def parse(argv):
     """Command line -> Options: presets, then options. What argparse refuses ends the program."""
-    p = ev.parser("train.py", __doc__, f"[{'|'.join(PRESETS)} ...] [--option=value ...]")
+    p = ev.parser(f"python train.py [{'|'.join(PRESETS)} ...] [--option=value ...]", __doc__)
     p.argument_default = argparse.SUPPRESS  # what is not typed comes from presets and defaults
     p.epilog = "\n".join(f"preset {name}: {values}" for name, values in PRESETS.items())
     for f in fields(Options):

@@ -388,7 +388,7 @@ def machine():
 
 
 def main(argv):
-    p = ev.parser("tests/bench.py", __doc__, "[--option=value ...]")
+    p = ev.parser("python tests/bench.py [--option=value ...]", __doc__)
     p.add_argument("--rows", default=",".join(TITLES), help=f"of {', '.join(TITLES)}")
     p.add_argument("--quick", action="store_true", help="tiny networks, one round")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

@@ -474,7 +474,7 @@ def do(study, arms, workers):
 
 
 def main(argv):
-    p = ev.parser("tests/study.py", __doc__, "[--option=value ...]")
+    p = ev.parser("python tests/study.py [--option=value ...]", __doc__)
     p.add_argument("--out", type=Path, default=ROOT / "out" / "study")
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--tables", action="store_true", help="run nothing")
