@@ -118,7 +118,6 @@ class Options:
         return self.kd_rows if self.kd_weight and self.kd_on != "train" else 0
 
 
-PRETRAINED = "out/pretrain"  # the demo starts from the network that the preset `pretrain` leaves here
 # fmt: off
 PRESETS = {
     "card": {},
@@ -128,7 +127,7 @@ PRESETS = {
         weight_decay=0.1, eval_every=250, log_every=100, save_every=250, dtype="float32",
     ),
     "demo": dict(
-        init=f"{PRETRAINED}/model", dataset="code", retain="docs", batch_size=16, max_steps=500, lr=1e-2,
+        init="out/pretrain/model", dataset="code", retain="docs", batch_size=16, max_steps=500, lr=1e-2,
         lr_schedule="cosine", first_growth=0, grow_every=50, where="spread", kd_weight=1.0,
         kd_on="generated", eval_every=50, log_every=25, save_every=100, eval_windows=100, dtype="float32",
     ),
@@ -523,19 +522,19 @@ def main(argv):
         cuda = o.device in ("auto", "cuda") and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     runs = [o]
-    if o.init == f"{PRETRAINED}/model" and not Path(o.init, "config.json").exists():
-        runs.insert(0, parse(["pretrain"]))
+    if o.init == PRESETS["demo"]["init"] and not Path(o.init, "config.json").exists():
+        runs.insert(0, parse(["pretrain"]))  # which leaves it there
         runs[0].device, runs[0].compile = o.device, o.compile
         runs[0].resume = o.resume = "auto"
     for run in runs:
         check(run, world)
         status = train(run)
-        if run is not runs[-1] and not status:
-            print("\nThe base is ready. Now it grows:\n")
         if world > 1:
             dist.barrier()  # until rank 0 has written all
         if status:
             sys.exit(status)
+        if run is not o:
+            print("\nThe base is ready. Now it grows:\n")
     if world > 1:
         dist.destroy_process_group()
 
