@@ -246,8 +246,7 @@ def read_run(folder, finished=False):
     path = Path(folder).absolute() / "metrics.jsonl"
     need(path.exists(), f"no run in {path.parent}; to measure a model, give --dataset or --prompt")
     run = by_kind(folder, data.read_jsonl(path))
-    whole = run["result"] or not finished
-    need(whole, f"{path.parent} is not finished: run its command again with --resume")
+    need(run["result"] or not finished, f"{path.parent} is not finished: repeat its command with --resume")
     return run
 
 
