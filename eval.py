@@ -167,8 +167,10 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     on how many windows each, and last the mixture, is worse than the first network by more than a nat; "kl"
     if asked for, else None: KL(last but one || last), how far the distribution moved, right or wrong.
 
-    Ranks share the batches, and all get the whole result. Raises UserError if block_size exceeds a model's
-    or there is nothing to predict."""
+    All are None where there is no text. Ranks share the batches, and all get the whole result. Raises
+    UserError if block_size exceeds a model's or there is nothing to predict."""
+    if tokens is None:
+        return dict.fromkeys(("windows", "mixed", "worse", "kl")) | {"losses": [None] * len(nets)}
     limit = min(net.config.block_size for net in nets)
     need(2 <= block_size <= limit, f"block_size must be from 2 to the model's {limit}, not {block_size}")
     need(len(tokens) >= 2, "there is nothing to predict in fewer than two tokens")
@@ -200,18 +202,6 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
 def evaluate(model, tokens, block_size=None, batch_size=8, windows=0):
     """Loss of `model` on `tokens` (N,), in nats per predicted token: `measure` for one network."""
     return measure([model], tokens, block_size or model.config.block_size, batch_size, windows)["losses"][0]
-
-
-def compare(base, grown, tokens, block_size, batch_size=8, windows=0):
-    """A text's part of a result row: its windows, the losses of `base`, of `grown` and of all versions of
-    `grown` mixed (of which `base` is the last but one; None if there is only one), and KL(base || grown), in
-    nats per predicted token. All None where there are no tokens."""
-    if tokens is None:
-        return dict.fromkeys(("windows", "base", "grown", "mixed", "kl"))
-    versions = grow.networks(grown)
-    m = measure([*versions[:-2], base, grown], tokens, block_size, batch_size, windows, kl=True)
-    found = {"windows": m["windows"], "base": m["losses"][-2], "grown": m["losses"][-1]}
-    return found | {"mixed": m["mixed"] if len(versions) > 1 else None, "kl": m["kl"]}
 
 
 @torch.no_grad()

@@ -349,8 +349,8 @@ def train(o):
         losses, nets = {}, grow.networks(model) if keeps else [model]
         for key, text in texts.items():
             with autocast:
-                m = text and ev.measure(nets, text["val"], T, o.batch_size, o.eval_windows)
-            losses |= {key: m and m["losses"][-1], f"{key}_mixed": m and m["mixed"]}
+                m = ev.measure(nets, text and text["val"], T, o.batch_size, o.eval_windows)
+            losses |= {key: m["losses"][-1], f"{key}_mixed": m["mixed"]}
         return losses
 
     def last_step():
@@ -493,10 +493,12 @@ def train(o):
     # From here on the network is finished: a version itself, beside those that are in it as they were.
     model.config.versions = (*(model.config.versions if keeps else ()), max(model.config.generation))
     result = {"layers": model.config.n_layer, "versions": model.config.versions, **sizes()}
+    nets = grow.networks(model) if keeps else [base, model]  # last what it was, and what it is
     with autocast:
         for key, text in texts.items():
-            losses = ev.compare(base, model, text and text["test"], T, o.batch_size, o.test_windows)
-            result[key] = {"dataset": names[key], **losses}
+            m = ev.measure(nets, text and text["test"], T, o.batch_size, o.test_windows, kl=True)
+            result[key] = {"dataset": names[key], "windows": m["windows"], "base": m["losses"][-2]}
+            result[key] |= {"grown": m["losses"][-1], "mixed": m["mixed"] if keeps else None, "kl": m["kl"]}
         result["block_use"] = ev.block_use(model, texts["learn"]["test"], T)
     result["protocol"] = ev.protocol("test", T, device, dtype, mixed=keeps)
     result["best"] = min(e["learn"] for e in evals)
