@@ -127,8 +127,7 @@ def fetch(urls, path, size, sha256=None):
             except requests.RequestException as e:
                 status = f", HTTP status {e.response.status_code}" if e.response is not None else ""
                 tried.append(f"{url}: {type(e).__name__}{status}, after {length(part):,} bytes")
-    by_hand = f"check the network, or put its {size:,} bytes there by hand"
-    raise UserError(f"cannot fetch {path} ({'; '.join(tried)}): {by_hand}")
+    raise UserError(f"cannot fetch {path}, put its {size:,} bytes there by hand ({'; '.join(tried)})")
 
 
 def download(url, part, size):
@@ -244,8 +243,7 @@ def _bpe():
 
 def tokenizer_name(vocab_size):
     cut = "cut more off by transformers' resize_token_embeddings(50257)"
-    known = vocab_size in (BYTES, GPT2)
-    need(known, f"{vocab_size:,} ids: only 50,257 (GPT-2) and 257 (bytes) have a tokenizer here; {cut}")
+    need(vocab_size in (BYTES, GPT2), f"{vocab_size:,} ids, not the 50,257 of GPT-2 or 257 of bytes: {cut}")
     return "bytes" if vocab_size == BYTES else "gpt2"
 
 
