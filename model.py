@@ -303,47 +303,43 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files ca
 
 def read_safetensors(path):
     """{name: array} without masks, mapped from the file, unread, and whether this program wrote it: then its
-    header has the sha256 of its tensors, which others drop when they save. Raises UserError if the header
-    does not fit the file, or the sha256; without one, changed bytes inside a tensor go unnoticed."""
-    try:
-        raw = np.memmap(path, np.uint8, "r")
-        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-        need(start <= len(raw), "no header (a git-lfs pointer? a web page?): download the file itself")
-        header = json.loads(raw[8:start].tobytes())
-        metadata = header.pop("__metadata__", {})
-        right = "sha256" not in metadata or metadata["sha256"] == data.sha256([raw[start:]])
-        need(right, "its tensors do not have the sha256 that its header gives")
-        arrays, last = {}, start
-        for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = (start + offset for offset in t["data_offsets"])
-            fits = last == begin <= end <= len(raw)
-            need(fits, f"{name} does not lie where the tensor before it ends, inside the file")
-            last = end
-            if name.endswith(MASKS):
-                continue
-            dtype = t["dtype"]
-            need(dtype in DTYPES, f"{name} is stored as {dtype}: convert it to {' or '.join(DTYPES)}")
-            arrays[name] = raw[begin:end].view(DTYPES[dtype]).reshape(t["shape"])
-        need(last == len(raw), f"{len(raw) - last:,} bytes follow its last tensor")
-        return arrays, "sha256" in metadata
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise UserError(f"{path}: damaged ({e})") from e
+    header has the sha256 of its tensors, which others drop when they save. Without one, changed bytes inside
+    a tensor go unnoticed. What else is damaged raises whatever it happens to raise."""
+    raw = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    need(start <= len(raw), "no header (a git-lfs pointer? a web page?): download the file itself")
+    header = json.loads(raw[8:start].tobytes())
+    metadata = header.pop("__metadata__", {})
+    right = "sha256" not in metadata or metadata["sha256"] == data.sha256([raw[start:]])
+    need(right, "its tensors do not have the sha256 that its header gives")
+    arrays, last = {}, start
+    for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = (start + offset for offset in t["data_offsets"])
+        need(last == begin <= end <= len(raw), f"{name} does not lie in the file where it should")
+        last = end
+        if name.endswith(MASKS):
+            continue
+        dtype = t["dtype"]
+        need(dtype in DTYPES, f"{name} is stored as {dtype}: convert it to {' or '.join(DTYPES)}")
+        arrays[name] = raw[begin:end].view(DTYPES[dtype]).reshape(t["shape"])
+    need(last == len(raw), f"{len(raw) - last:,} bytes follow its last tensor")
+    return arrays, "sha256" in metadata
 
 
 def read_huggingface_weights(folder):
     """{our name: array}, without prefixes and the second copy of wte that some files carry, and whether this
-    program wrote them."""
-    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / files[0]).exists():  # transformers divides what is large
-        try:
-            files = sorted({str(file) for file in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{index}: damaged ({e})") from e
+    program wrote them. Raises UserError that names the file and its fault."""
+    paths, path = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     stored, written_here = {}, False
-    for file in files:
-        need((folder / file).exists(), f"{folder} has no {file}: save_pretrained of transformers writes it")
-        arrays, written_here = read_safetensors(folder / file)
-        stored |= arrays
+    try:
+        if path.exists() and not paths[0].exists():  # transformers divides what is large
+            paths = sorted({folder / file for file in json.loads(path.read_bytes())["weight_map"].values()})
+        for path in paths:
+            need(path.exists(), f"there is no {path.name}: save_pretrained of transformers writes it")
+            arrays, written_here = read_safetensors(path)
+            stored |= arrays
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
     # those of a class around GPT-2, of torch.compile and of DistributedDataParallel
     arrays = {re.sub(r"^(module\.|_orig_mod\.|transformer\.)+", "", name): a for name, a in stored.items()}
     head = arrays.pop("lm_head.weight", None)
