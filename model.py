@@ -242,12 +242,11 @@ def as_stored(name, p):
 def assign_weights(model, arrays, source):
     """Give a model without memory (on "meta") its weights: every tensor must be there and none left over."""
     shapes = {name: tuple(as_stored(name, p).shape) for name, p in model.named_parameters()}
+    state = {}
     for name in sorted(shapes.keys() | arrays.keys()):
         found = arrays[name].shape if name in arrays else "missing"
         expected = shapes.get(name, "none (if transformers knows it, save its GPT2LMHeadModel alone)")
         need(found == expected, f"{source}: tensor {name}: {found}, where the model has {expected}")
-    state = {}
-    for name in shapes:
         tensor = torch.from_numpy(np.array(arrays[name]))  # a copy: the mapped file may go away
         if tensor.dtype == torch.uint16:
             tensor = tensor.view(torch.bfloat16)
