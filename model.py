@@ -417,9 +417,7 @@ def read_config(name_or_folder):
     if not path.exists():
         path = folder / "hparams.json"
     if not path.exists():
-        hint = "has no config.json or hparams.json" if folder.is_dir() else "is no folder with weights"
-        if folder.is_file():
-            hint = "is a file: give a folder with config.json and model.safetensors"
+        hint = "is a file" if folder.is_file() else "has no config.json or hparams.json"
         if (folder / "model" / "config.json").exists():
             hint = f"is a run, its network is {folder / 'model'}"
         known = f"give one of {', '.join(SIZES)}, or a folder to which transformers saved a GPT-2"
