@@ -145,8 +145,7 @@ def networks(model):
 def scale_grown(model, alpha):
     """Multiply the output projections of the last version's own blocks by `alpha`: 0 is the version before,
     1 the last. What lies between is one ordinary GPT-2 that has learned less, and may have forgotten less."""
-    several = len(model.config.versions) > 1
-    need(several, "alpha leads from one version of a model to the next, and this one has a single one")
+    need(len(model.config.versions) > 1, "alpha leads from one version to the next, and this model has one")
     for block, generation in zip(model.h, model.config.generation):
         if generation > model.config.versions[-2]:
             for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):

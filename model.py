@@ -43,8 +43,7 @@ class GPTConfig:
     def __post_init__(self):
         self.generation = tuple(self.generation)
         self.versions = (max(self.generation),) if self.versions is None else tuple(self.versions)
-        fits = self.n_embd % self.n_head == 0
-        need(fits, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        need(self.n_embd % self.n_head == 0, f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         known = self.versions and set(self.versions) <= set(self.generation)
         rising = list(self.versions) == sorted(set(self.versions))
         need(known and rising, f"versions must be rising generations of its blocks, not {self.versions}")
@@ -274,8 +273,7 @@ def read_openai_weights(folder, model):
     (the index file beside it says the same; tests/test_model.py compares)."""
     path, named = folder / DATA, dict(model.named_parameters())
     size = 4 * sum(p.numel() for p in model.parameters())
-    right = data.is_right(path, size)
-    need(right, f"{path} must be there with {size:,} bytes, 4 for each parameter: fetch it again")
+    need(data.is_right(path, size), f"{path} must be there with {size:,} bytes: fetch it again")
     floats, arrays, begin = np.memmap(path, "<f4", "r"), {}, 0
     for name in sorted(named, key=openai_name):
         end = begin + named[name].numel()
