@@ -113,10 +113,10 @@ class GPT(nn.Module):
         position = torch.arange(start, start + idx.size(1), device=idx.device)
         return F.dropout(self.wte(idx) + self.wpe(position), self.config.dropout, self.training)
 
-    def run(self, x):
-        """Pass x (B, T, C) through all blocks."""
+    def run(self, x, cache=None):
+        """Pass x (B, T, C) through all blocks, with the cache of `predict` if there is one."""
         for block in self.h:
-            x = block(x)
+            x = block(x) if cache is None else block(x, cache.setdefault(block, []))
         return x
 
     def head(self, x):
@@ -164,9 +164,7 @@ class GPT(nn.Module):
         """Logits (B, V) of what follows idx (B, T). The cache, {block: [keys, values]}, holds what earlier
         calls computed: of idx only the last token is new, or, if it is empty, all."""
         seen = idx.size(1) - 1 if cache else 0
-        x = self.embed(idx[:, seen:], start=seen)
-        for block in self.h:
-            x = block(x, cache.setdefault(block, []))
+        x = self.run(self.embed(idx[:, seen:], start=seen), cache)
         return self.head(x[:, -1]).float()
 
     @classmethod
