@@ -174,10 +174,8 @@ def run_together(nets, idx, first=0, cache=None):
             for n, module in enumerate(path[start:], start + 1):
                 if n == 1:
                     x = net.embed(idx[0 if is_last else first :, seen:], seen)
-                elif cache is None:
-                    x = module(x)
                 else:
-                    x = module(x, cache.setdefault(path[:n], []))
+                    x = module(x) if cache is None else module(x, cache.setdefault(path[:n], []))
                 if path[:n] in forks:
                     kept[path[:n]] = x[first:].detach() if is_last else x
         outputs[net] = x
