@@ -44,9 +44,8 @@ class GPTConfig:
         self.generation = tuple(self.generation)
         self.versions = (max(self.generation),) if self.versions is None else tuple(self.versions)
         need(self.n_embd % self.n_head == 0, f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
-        known = self.versions and set(self.versions) <= set(self.generation)
-        rising = list(self.versions) == sorted(set(self.versions))
-        need(known and rising, f"versions must be rising generations of its blocks, not {self.versions}")
+        known = tuple(sorted({*self.versions} & {*self.generation}))
+        need(known and known == self.versions, f"versions must be rising generations, not {self.versions}")
 
 
 class Attention(nn.Module):
