@@ -268,9 +268,8 @@ def encode(text, vocab_size=GPT2):
 
 def decode(ids, vocab_size=GPT2):
     """Ids -> text; bytes that are no UTF-8 become U+FFFD."""
-    ids = [int(i) for i in ids]
     if tokenizer_name(vocab_size) == "gpt2":
-        return _bpe().decode(ids)
+        return _bpe().decode([int(i) for i in ids])
     return b"".join(EOT.encode() if i == 256 else bytes([i]) for i in ids).decode("utf-8", "replace")
 
 
