@@ -224,8 +224,7 @@ TOKENIZER_FILES = {
 
 def tokenizer_files():
     """{'vocab.bpe': path, 'encoder.json': path}, where and under the names that tiktoken looks for them."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    folder, paths = Path(folder or cache_dir() / "tiktoken"), {}
+    folder, paths = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or cache_dir() / "tiktoken"), {}
     for name, (size, sha256) in TOKENIZER_FILES.items():
         url = ENCODINGS + name
         paths[name] = fetch([url], folder / hashlib.sha1(url.encode()).hexdigest(), size, sha256)
