@@ -271,11 +271,10 @@ def read_openai_weights(folder, model):
     path, named = folder / DATA, dict(model.named_parameters())
     size = 4 * sum(p.numel() for p in model.parameters())
     need(data.is_right(path, size), f"{path} must be there with {size:,} bytes: fetch it again")
-    floats, arrays, begin = np.memmap(path, "<f4", "r"), {}, 0
+    floats, arrays, end = np.memmap(path, "<f4", "r"), {}, 0
     for name in sorted(named, key=openai_name):
-        end = begin + named[name].numel()
+        begin, end = end, end + named[name].numel()
         arrays[name] = floats[begin:end].reshape(as_stored(name, named[name]).shape)
-        begin = end
     return arrays
 
 
