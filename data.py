@@ -179,6 +179,8 @@ def load_checkpoint(path):
         value = torch.load(path, map_location="cpu", weights_only=True)
         need(value.get("version") == CHECKPOINT_VERSION, "not of this program, or not of this version")
         return value
+    except MemoryError:
+        raise
     except Exception as e:  # damaged bytes make zipfile, zlib, pickle and torch raise a dozen kinds
         fault = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"cannot resume from {path}: {fault}") from e

@@ -297,7 +297,7 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files ca
 def read_safetensors(path):
     """{name: array} without masks, mapped from the file, unread, and whether this program wrote it: then its
     header has the sha256 of its tensors, which others drop when they save. Without one, changed bytes inside
-    a tensor go unnoticed. What else is damaged raises whatever it happens to raise."""
+    a tensor go unnoticed. Whatever a damaged header raises, the caller tells with the file's name."""
     raw = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     need(start <= len(raw), "no header (a git-lfs pointer? a web page?): download the file itself")
@@ -386,7 +386,7 @@ def tokenizer_files(config):
 # ----- Where the weights are, and a model's shape, which is known before they are read -----
 
 OPENAI_URLS = [
-    f"https://openaipublic.blob.core.windows.net/gpt-2/models/{{}}/{DATA}",
+    f"{data.OPENAI}models/{{}}/{DATA}",
     f"https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2/{{}}/{DATA}",
 ]
 SIZES = {  # name: OpenAI's name of it, layers, heads, width
