@@ -1,17 +1,17 @@
 """Measuring: the one loss, what a run learned and kept, its tables, picture and card, samples.
 
-    python eval.py out/demo                                      the result tables of a finished run
-    python eval.py out/demo out/full --plot=frontier.png         one table for several runs, and a picture
-    python eval.py out/demo --prompt "def main():"               sample from it
-    python eval.py out/demo --dataset=docs,code                  losses of each version, and of all mixed
-    python eval.py gpt2 TUNED --dataset=wikitext2                two models, and both mixed
-    python eval.py out/demo --version=0 --out=out/before         write a version as an ordinary GPT-2
-    python eval.py gpt2 --dataset=wikitext2 --block_size=1024    perplexity of any model
+    python eval.py out/demo                               the tables of a finished run
+    python eval.py out/demo out/full --plot=runs.png      one table of several, and a picture
+    python eval.py out/demo --prompt "def main():"        sample from it
+    python eval.py out/demo --dataset=docs,code           losses of each version and all mixed
+    python eval.py gpt2 TUNED --dataset=wikitext2         two models and both mixed
+    python eval.py out/demo --version=0 --out=out/before  write a version as a stock GPT-2
+    python eval.py gpt2 --dataset=wikitext2               perplexity of any model
 
 Protocol, everywhere: a split is one stream of tokens, cut into windows of block_size tokens that do not
-overlap; in each window every token but the first is predicted from those before it in the window. Loss is
-in nats per predicted token; perplexity is its exponential. No padding counts, nothing is sampled. The blocks
-compute in the precision that stands beside the figures, final norm, head and loss always in float32."""
+overlap; every token but a window's first is predicted from those before it there. Loss is in nats per
+predicted token; perplexity is its exponential. No padding counts, nothing is sampled. The blocks compute in
+the precision beside the figures; final norm, head and loss always in float32."""
 
 import argparse
 import ctypes
@@ -24,8 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-# OpenMP's threads spin while they wait, and on a busy machine take the core from the thread that they wait
-# for (tests/bench.md). It reads this when torch is imported.
+# OpenMP's waiting threads spin, and on a busy machine take the core from the thread that they wait for
+# (tests/bench.md). It reads this when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -43,12 +43,13 @@ from model import GPT, SIZES
 
 
 def choose_machine(device="auto", dtype="auto"):
-    """(torch.device, torch.dtype) for two options. Sets what torch and the C library need for the device."""
+    """(torch.device, torch.dtype) for two options; sets up torch and the C library."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # no backend passes gradients between MPS devices
-    has = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
+    mps = alone and torch.backends.mps.is_available()
+    has = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if device == "auto":
         device = next(name for name in has if has[name])  # the best
-    need(has[device], f"torch sees no {device} that can be used here: give --device=auto")
+    need(has[device], f"torch sees no {device} to use here: give --device=auto")
     best = "float32"
     if device == "cpu":
         keep_freed_memory()
@@ -64,31 +65,31 @@ def choose_machine(device="auto", dtype="auto"):
 
 
 def choose_compile(wish, device):
-    """Whether to compile, for --compile=auto, 0 or 1: by default on CUDA, where it is worth it."""
+    """Whether to compile, for --compile=auto, 0 or 1: auto does on CUDA, where it is worth it."""
     if wish == "0" or (wish == "auto" and device.type != "cuda"):
         return False
-    # Past its limit of graphs torch would go on eagerly with no more than a log line. Let it raise.
+    # Past its limit of graphs torch would go on eagerly with a log line. Let it raise.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two; blocks are small enough
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two: they are small enough
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception as e:  # no C++ compiler, no Triton ...: whatever it is, eager works
-        print(f"nothing can be compiled here ({type(e).__name__}): going on eagerly", file=sys.stderr)
+    except Exception as e:  # no C++ compiler, no Triton ...: eager works
+        print(f"cannot compile here ({type(e).__name__}): going on eagerly", file=sys.stderr)
         return False
     return True
 
 
 def keep_freed_memory():
-    """Let glibc keep what a step frees: the next asks for the same sizes, and pages that were given back are
-    mapped and zeroed anew, which is up to half of an eager step on a CPU. (mallopt(3))"""
+    """Let glibc keep what a step frees: the next asks for the same sizes, and to map and zero new pages is
+    up to half of an eager step on a CPU. (mallopt(3))"""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back,
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: and take nothing that would have to be given back
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: and take nothing that must be given back
 
 
 def over_ranks(tensor, op=dist.ReduceOp.SUM):
-    """A tensor reduced in place over all processes: what one of them has, all have."""
+    """Reduce a tensor in place over all processes, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
@@ -98,7 +99,7 @@ def over_ranks(tensor, op=dist.ReduceOp.SUM):
 
 
 def protocol(split, context, device, dtype, mixed=False):
-    """What the figures beside it are, in one sentence. On CUDA, products of float32 matrices are in TF32."""
+    """What the figures beside it are, in one sentence. On CUDA, float32 matrices are multiplied in TF32."""
     mixed = f"; mixed by Bayes with shares {', '.join(map(str, grow.SHARES))}" if mixed else ""
     tf32 = dtype == torch.float32 and device.type == "cuda" and torch.cuda.is_tf32_supported()
     blocks = "TF32" if tf32 else str(dtype).removeprefix("torch.")
@@ -107,16 +108,16 @@ def protocol(split, context, device, dtype, mixed=False):
 
 
 def count_windows(count, block_size, windows=0):
-    """How many windows `count` tokens have, at most `windows` (0: all). One token alone predicts nothing."""
+    """How many windows `count` tokens have, at most `windows` (0: all). One token predicts nothing."""
     available = math.ceil((count - 1) / block_size)
     return min(windows or available, available)
 
 
 def window_batches(tokens, block_size, batch_size, windows):
-    """Yield (number of the first window, inputs, targets), the last two (batch_size, block_size) int64.
+    """Yield (first window's number, inputs, targets), the last two int64 (batch_size, block_size).
 
-    Targets are -1 where nothing is predicted: at each window's last position, and in what fills up the last
-    window and the last batch. If it takes long, a terminal is told how far it is."""
+    Targets are -1 where nothing is predicted: at a window's last position, and in what fills up the last
+    window and batch. If it takes long, a terminal is told how far it is."""
     began = time.perf_counter()
     for first in range(0, windows, batch_size):
         part = tokens[first * block_size : (first + batch_size) * block_size].astype(np.int64)
@@ -130,8 +131,8 @@ def window_batches(tokens, block_size, batch_size, windows):
 
 
 def logits(model, hidden):
-    """(B, T, V) in float32 from the last block's output (B, T, C), under any autocast: near -95, where those
-    of GPT-2 lie, bfloat16 has steps of 0.5."""
+    """(B, T, V) in float32 from the last block's output (B, T, C), under any autocast: near -95, where
+    GPT-2's lie, bfloat16 has steps of 0.5."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32 for this one product
     with torch.autocast(hidden.device.type, enabled=False):
@@ -140,18 +141,18 @@ def logits(model, hidden):
     return z
 
 
-LOGITS = 1 << 24  # of a network at a time, or one row's: those of a batch of long windows take gigabytes
-TOGETHER = 4096  # at most so many windows are kept token by token, and mixed in one loop over T
+LOGITS = 1 << 24  # at a time, or one row's: a batch of long windows takes gigabytes
+TOGETHER = 4096  # so many windows at most are kept by token, and mixed in one loop over T
 
 
 def token_losses(nets, hidden, y, kl=False):
-    """Nats of each of K networks, from their last outputs (B, T, C), for targets y (B, T), 0 where y is -1:
-    (K, B, T). With `kl`, KL(last but one || last) of each token's distribution behind them: (K + 1, B, T)."""
+    """Nats (K, B, T) of K networks for targets y (B, T), 0 where y is -1, from their last outputs (B, T, C).
+    With `kl`, behind them KL(last but one || last) of each token's distribution: (K + 1, B, T)."""
     rows, losses = max(1, LOGITS // (y.size(1) * nets[-1].config.vocab_size)), []
     for targets, *outputs in zip(y.split(rows), *(out.split(rows) for out in hidden)):
         nats, log_q = [], None
         for net, x in zip(nets, outputs):
-            log_p, log_q = log_q, None  # the network before: nothing else stays in memory
+            log_p, log_q = log_q, None  # the one before: nothing else stays in memory
             log_q = F.log_softmax(logits(net, x), -1)  # (rows, T, V)
             nats.append(-log_q.gather(-1, targets.clamp(min=0)[..., None])[..., 0])  # (rows, T)
         if kl:
@@ -164,23 +165,23 @@ def token_losses(nets, hidden, y, kl=False):
 def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     """In one pass over the first `windows` windows (0: all) of tokens (N,), by the protocol above, a dict:
     "windows": how many; "losses": of each network; "mixed": of several mixed (grow.mix), else None; "worse":
-    on how many windows each, and last the mixture, is worse than the first network by more than a nat; "kl"
-    if asked for, else None: KL(last but one || last), how far the distribution moved, right or wrong.
+    on how many windows each, and last the mixture, loses more than a nat to the first network; "kl" if
+    asked for, else None: KL(last but one || last), how far the distribution moved, right or wrong.
 
-    All are None where there is no text. Ranks share the batches, and all get the whole result. Raises
-    UserError if block_size exceeds a model's or there is nothing to predict."""
+    All are None without a text. Ranks share the batches, and all get the result. Raises UserError if
+    block_size exceeds a model's or there is nothing to predict."""
     if tokens is None:
         return dict.fromkeys(("windows", "mixed", "worse", "kl")) | {"losses": [None] * len(nets)}
     limit = min(net.config.block_size for net in nets)
-    need(2 <= block_size <= limit, f"block_size must be from 2 to the model's {limit}, not {block_size}")
-    need(len(tokens) >= 2, "there is nothing to predict in fewer than two tokens")
+    need(2 <= block_size <= limit, f"block_size {block_size} is not from 2 to the model's {limit}")
+    need(len(tokens) >= 2, "nothing to predict in fewer than two tokens")
     was_training, device, K = nets[-1].training, nets[-1].wte.weight.device, len(nets)
     together = torch.nn.ModuleList(nets).eval()
     windows = count_windows(len(tokens), block_size, windows)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    sums = torch.zeros(K + 1 + kl, windows + batch_size, dtype=torch.float64)  # the last batch may be longer
-    nats, numbers = [], []  # of windows that are not yet in it
-    with torch.compiler.set_stance("force_eager"):  # measuring must not compile shapes of its own
+    sums = torch.zeros(K + 1 + kl, windows + batch_size, dtype=torch.float64)  # for a whole last batch
+    nats, numbers = [], []  # of windows not yet in it
+    with torch.compiler.set_stance("force_eager"):  # measuring compiles no shapes of its own
         for i, (first, x, y) in enumerate(window_batches(tokens, block_size, batch_size, windows)):
             if i % world == rank:
                 x, y = data.to_device(x, device), data.to_device(y, device)
@@ -191,7 +192,7 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
                 sums[:, numbers] = torch.stack([*nats.sum(-1), grow.mix(nats[:K]).sum(-1)])
                 nats, numbers = [], []
     together.train(was_training)
-    sums = over_ranks(sums)[:, :windows]  # of windows with one owner each: the figures of a single process
+    sums = over_ranks(sums)[:, :windows]  # each window has one owner: as in one process
     predicted = min(len(tokens), windows * block_size) - windows
     mean = (sums.sum(-1) / predicted).tolist()
     worse = (sums - sums[0] > 1).sum(-1).tolist()
@@ -200,14 +201,14 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
 
 
 def evaluate(model, tokens, block_size=None, batch_size=8, windows=0):
-    """Loss of `model` on `tokens` (N,), in nats per predicted token: `measure` for one network."""
-    return measure([model], tokens, block_size or model.config.block_size, batch_size, windows)["losses"][0]
+    """`measure` for one network: its loss on `tokens` (N,), in nats per predicted token."""
+    block_size = block_size or model.config.block_size
+    return measure([model], tokens, block_size, batch_size, windows)["losses"][0]
 
 
 @torch.no_grad()
 def block_use(model, tokens, block_size, rows=8):
-    """For each block, mean over the tokens of the first windows of |block(x) - x| / |x|: how much it changes
-    what passes."""
+    """How much each block changes what passes: mean |block(x) - x| / |x| over tokens of the first windows."""
     _, idx, targets = next(window_batches(tokens, block_size, rows, rows))
     predicted, use = targets >= 0, []  # (B, T)
     model.eval()
@@ -216,12 +217,13 @@ def block_use(model, tokens, block_size, rows=8):
         for block in model.h:
             out = block(x)
             changed = ((out - x).norm(dim=-1) / x.norm(dim=-1)).cpu().double()  # (B, T)
-            use.append((torch.where(predicted, changed, 0.0).sum(-1).sum() / predicted.sum()).item())
+            total = torch.where(predicted, changed, 0.0).sum(-1).sum()
+            use.append((total / predicted.sum()).item())
             x = out
     return use
 
 
-# ----- A run in numbers. Everything comes from its metrics.jsonl. -----
+# ----- A run in numbers, all from its metrics.jsonl -----
 
 
 def by_kind(folder, rows):
@@ -232,33 +234,33 @@ def by_kind(folder, rows):
 
 
 def read_run(folder, finished=False):
-    """A run's metrics.jsonl, by kind. Raises UserError where there is none, or none that is finished."""
+    """A run's metrics.jsonl, by kind. Raises UserError if there is none, or none that is finished."""
     path = Path(folder).absolute() / "metrics.jsonl"
-    need(path.exists(), f"no run in {path.parent}; to measure a model, give --dataset or --prompt")
+    need(path.exists(), f"no run in {path.parent}; for a model, give --dataset or --prompt")
     run = by_kind(folder, data.read_jsonl(path))
-    need(run["result"] or not finished, f"{path.parent} is not finished: repeat its command with --resume")
+    need(run["result"] or not finished, f"{path.parent} is unfinished: add --resume to its command")
     return run
 
 
 def forgetting(result, predictor="grown"):
-    """Nats by which the loss on the retained text exceeds the untouched network's; None if not measured."""
+    """Nats of loss on the retained text above the untouched network's; None if not measured."""
     old = result["retain"]
     return None if old[predictor] is None else old[predictor] - old["base"]
 
 
 def slope(evals, first, last):
-    """Nats per 1,000 steps: least squares through the validation losses from step `first` to `last`."""
+    """Nats per 1,000 steps: least squares through validation losses from step `first` to `last`."""
     points = [(e["step"], e["learn"]) for e in evals if first <= e["step"] <= last]
     return 1000 * np.polyfit(*zip(*points), 1)[0] if len(points) > 1 else None
 
 
 def cells(form, values):
-    """Numbers as text, {head: cell}; what was not measured is shown as -."""
+    """Numbers as text, {head: cell}; - for what was not measured."""
     return {head: "-" if value is None else format(value, form) for head, value in values.items()}
 
 
 def table(rows):
-    """Markdown with aligned columns, of rows {head: cell}, all with the same heads."""
+    """Markdown with aligned columns, of rows {head: cell} with the same heads."""
     lines = [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -268,7 +270,7 @@ def table(rows):
 
 
 def comparison(runs):
-    """Losses before the runs and after them, alone and mixed, a row each; below them what each run cost."""
+    """Losses before and after the runs, alone and mixed, a row each; below, what each run cost."""
     heads = {}
     for key, words in (("learn", "new text"), ("retain", "old text")):
         names = {Path(run["result"][key]["dataset"]).name for run in runs} - {"none"}
@@ -279,8 +281,8 @@ def comparison(runs):
     for run in runs:
         name, start, end = run["name"], run["header"], run["result"]
         before = "before" if same_start else f"before {name}"
-        for label, predictor in ((before, "base"), (f"{name} alone", "grown"), (f"{name} mixed", "mixed")):
-            losses = {head: end[key][predictor] for key, head in heads.items()}
+        for label, way in ((before, "base"), (f"{name} alone", "grown"), (f"{name} mixed", "mixed")):
+            losses = {head: end[key][way] for key, head in heads.items()}
             row = {"nats per token": label} | cells(".4f", losses)
             if set(losses.values()) != {None} and row not in rows:
                 rows.append(row)
@@ -300,26 +302,26 @@ def comparison(runs):
 
 
 def growths(run):
-    """A row for each growth: what it added, that it changed nothing, and what came of it. Nothing is
-    extrapolated: a few growths make no law."""
+    """A row a growth: what it added, that nothing changed, what came of it. So few are not extrapolated."""
     events, evals, start = run["event"], run["eval"], run["header"]
     if not events:
         return "No block was inserted."
     steps = [0, *(e["step"] for e in events), evals[-1]["step"]]
-    reached = [*(e["learn_before"] for e in events[1:]), evals[-1]["learn"]]  # just before what came next
+    reached = [*(e["learn_before"] for e in events[1:]), evals[-1]["learn"]]  # just before the next
     generation = [0] * start["layers"]  # of each block, at the end
     for e in events:
         generation[e["at"] : e["at"]] = [e["generation"]] * (e["layers_after"] - e["layers_before"])
     rows = []
     for k, e in enumerate(events):
         before, after = e["learn_before"], e["learn_after"]
-        slope_before, slope_after = slope(evals, *steps[k : k + 2]), slope(evals, *steps[k + 1 : k + 3])
+        slopes = {"slope before": slope(evals, *steps[k : k + 2])}
+        slopes["slope after"] = slope(evals, *steps[k + 1 : k + 3])
         use = [u for u, g in zip(run["result"]["block_use"], generation) if g == e["generation"]]
         row = {"step": e["step"], "layers": f"{e['layers_before']} -> {e['layers_after']}", "at": e["at"]}
         row |= {"added": f"{e['parameters_added']:,}", "tokens": f"{e['tokens']:,}"}
         row |= {"TFLOP": f"{e['flops'] / 1e12:,.2f}", "loss before": f"{before:.6f}"}
         row |= {"loss after": f"{after:.6f}", "delta": f"{after - before:g}"}
-        row |= cells("+.3f", {"slope before": slope_before, "slope after": slope_after})
+        row |= cells("+.3f", slopes)
         row["gain / M params"] = f"{(after - reached[k]) / (e['trainable'] / 1e6):+.4f}"
         rows.append(row | {"use": f"{sum(use) / len(use):.3f}"})
     c = start["config"]
@@ -337,7 +339,7 @@ def tables(run):
 
 
 def report(run):
-    """What is printed at the end of a run: what came of it, and what can be done with it."""
+    """What a run prints at its end: what came of it, and what can be done with it."""
     folder, end = shlex.quote(run["folder"]), run["result"]
     if not run["event"] and end["retain"]["base"] is None:  # nothing to compare: one line
         losses = f"test loss {end['learn']['base']:.4f} -> {end['learn']['grown']:.4f}"
@@ -345,7 +347,7 @@ def report(run):
     text = f"""{comparison([run])}
 
 The network: {folder}/model
-The growths one by one, and a picture: python eval.py {folder} --plot=run.png
+Its growths, and a picture: python eval.py {folder} --plot=run.png
 Text from it: python eval.py {folder} --prompt='Once upon a time'"""
     command, c = run["header"]["command"], run["header"]["config"]
     if run["event"] and "--kd" not in command and not (c["replay"] or c["ewc_lambda"]):
@@ -361,8 +363,7 @@ Text from it: python eval.py {folder} --prompt='Once upon a time'"""
 
 
 def plot(runs, path):
-    """The new and the old text's loss over steps, alone and mixed, with the growths marked; and the frontier:
-    forgetting against the new text's loss."""
+    """Losses over steps, growths marked; and the frontier: forgetting against loss on the new text."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -401,8 +402,7 @@ def plot(runs, path):
 
 
 def model_card(run):
-    """The README.md that stands beside a run's export: this run's numbers and, but for its command, no path
-    of this machine."""
+    """The README.md beside a run's export: its numbers and, but for its command, no path of this machine."""
     start, c, result = run["header"], run["header"]["config"], run["result"]
     init, name = Path(c["init"]).name, json.dumps(run["name"])  # JSON is YAML
     learned = Path(result["learn"]["dataset"]).name
@@ -456,7 +456,7 @@ keeps its own licence.
 
 
 def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0):
-    """The prompt and its continuation, as text: by one network, or by several mixed."""
+    """The prompt and its continuation as text, by one network or several mixed."""
     vocab_size = nets[-1].config.vocab_size
     ids = torch.tensor([data.encode(prompt, vocab_size).tolist()], device=nets[-1].wte.weight.device)
     net = Mixture(nets) if len(nets) > 1 else nets[0]
@@ -466,10 +466,10 @@ def sample(nets, prompt, max_new_tokens=100, temperature=0.8, top_k=50, seed=0):
 
 
 class Mixture(torch.nn.Module):
-    """K networks that predict together, as one from which a text can be generated; each text needs a new one.
+    """K networks that predict together, as one that generates a text; each text needs a new one.
 
-    Their weights move with each token of the prompt but the first, and with each that was chosen since. Where
-    the context is full, its oldest token goes, and the weights stay."""
+    Their weights move with each token of the prompt but the first, and with each chosen since. Where the
+    context is full, its oldest token goes, and the weights stay."""
 
     generate = GPT.generate
 
@@ -478,12 +478,12 @@ class Mixture(torch.nn.Module):
         self.nets = torch.nn.ModuleList(nets)
         self.config = min((net.config for net in nets), key=lambda config: config.block_size)
         self.train(nets[-1].training)
-        self.log_w = self.log_p = None  # of each habit and network (S, K, B), of each network (K, B, V)
+        self.log_w = self.log_p = None  # by habit and network (S, K, B), by network (K, B, V)
 
     def predict(self, idx, cache):
-        """Log probabilities (B, V) of what follows idx (B, T), with the cache of grow.run_together."""
+        """Log probabilities (B, V) of what follows idx (B, T); cache: grow.run_together's."""
         hidden = grow.run_together(self.nets, idx, cache=cache)
-        if self.log_p is None:  # nobody predicts the first token: a loss of 0 keeps all weights equal
+        if self.log_p is None:  # none predicts the first token: losses of 0 keep weights equal
             y = F.pad(idx[:, 1:], (0, 1), value=-1)  # (B, T)
             losses = token_losses(self.nets, hidden, y).roll(1, -1).cpu().double()  # (K, B, T)
         else:
@@ -500,31 +500,31 @@ class Mixture(torch.nn.Module):
 
 
 def parser(usage, description):
-    """argparse without abbreviations, and with a file's docstring as it stands."""
+    """argparse without abbreviations, with a file's docstring as it stands."""
     lines = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(None, usage, description, formatter_class=lines, allow_abbrev=False)
 
 
 def arguments(argv):
     p = parser("python eval.py NAME [NAME ...] [--option=value ...]", __doc__)
-    path = os.path.expanduser
-    p.add_argument("names", nargs="+", type=path, help="run folders, or models: gpt2 ..., a folder")
-    p.add_argument("--plot", type=path, metavar="FILE.png", help="draw losses and frontier, by matplotlib")
-    p.add_argument("--prompt", help="sample a continuation of this text")
-    p.add_argument("--max_new_tokens", type=int, default=100)
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    p.add_argument("--top_k", type=int, default=50, help="0 samples from all tokens")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dataset", help="losses on texts: wikitext2,webtext,docs,code,headers,my.txt ...")
-    p.add_argument("--split", choices=["train", "val", "test"], default="val")
-    p.add_argument("--block_size", type=int, default=0, help="context in tokens (0: the run's, or model's)")
-    p.add_argument("--batch_size", type=int, default=8)
-    p.add_argument("--windows", type=int, default=0, help="only the first this many windows (0: all)")
-    p.add_argument("--version", type=int, help="this version of the model alone, as in its config.json")
-    p.add_argument("--alpha", type=float, help="0 ... 1: between the last version but one and the last")
-    p.add_argument("--out", type=path, help="write the version, or what --alpha makes of it, into a folder")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="float32")
+    add, path = p.add_argument, os.path.expanduser
+    add("names", nargs="+", type=path, help="run folders, or models: gpt2 ..., a folder")
+    add("--plot", type=path, metavar="FILE.png", help="draw losses and frontier")
+    add("--prompt", help="sample a continuation of this text")
+    add("--max_new_tokens", type=int, default=100)
+    add("--temperature", type=float, default=0.8, help="0 is greedy")
+    add("--top_k", type=int, default=50, help="0 samples from all tokens")
+    add("--seed", type=int, default=0)
+    add("--dataset", help="losses on texts: wikitext2,webtext,docs,code,headers,my.txt ...")
+    add("--split", choices=["train", "val", "test"], default="val")
+    add("--block_size", type=int, default=0, help="context in tokens (0: the run's or model's)")
+    add("--batch_size", type=int, default=8)
+    add("--windows", type=int, default=0, help="only the first so many (0: all)")
+    add("--version", type=int, help="this version alone, as in config.json")
+    add("--alpha", type=float, help="0 ... 1: from the last version but one to the last")
+    add("--out", type=path, help="write the version, or that of --alpha, into a folder")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="float32")
     a = p.parse_args(argv)
     a.texts = a.dataset.split(",") if a.dataset else []
     for text in a.texts:
@@ -532,13 +532,12 @@ def arguments(argv):
     if min(a.temperature, a.top_k, a.block_size, a.windows) < 0:
         p.error("--temperature, --top_k, --block_size and --windows must be 0 or more")
     free = not a.out or (len(a.names) == 1 and not Path(a.out).exists())
-    need(free, f"--out={a.out} is for one model, and for a folder that does not exist yet")
+    need(free, f"--out={a.out} is for one model, and must be a new folder")
     return a
 
 
 def measure_texts(a, nets, block_size, device, dtype):
-    """A table of losses on the texts of --dataset: a row for each of the networks {name: network}, and one
-    for all of them mixed."""
+    """A table of losses on --dataset's texts: a row for each of {name: network}, and one for all mixed."""
     networks, found, windows = list(nets.values()), {}, []
     for text in a.texts:
         tokens = data.load(text, networks[0].config.vocab_size, 2)[a.split]
@@ -558,11 +557,11 @@ def measure_texts(a, nets, block_size, device, dtype):
 
 
 def find_networks(a, device):
-    """({name: network} of all versions of all models that were named, the context to measure with)."""
+    """({name: network} of all versions of all named models, the context to measure with)."""
     nets, contexts = {}, []
     for name in a.names:
         folder = name
-        if Path(name, "metrics.jsonl").exists():  # a run: the network that it exported
+        if Path(name, "metrics.jsonl").exists():  # a run: what it exported
             run, folder = read_run(name, finished=True), f"{name}/model"
             contexts.append(run["header"]["config"]["block_size"])
         model = GPT.from_pretrained(folder).to(device)
@@ -575,7 +574,7 @@ def find_networks(a, device):
             if a.alpha is not None:
                 grow.scale_grown(nets[label], a.alpha)
     same = len({net.config.vocab_size for net in nets.values()}) == 1
-    need(same, "these networks have different tokenizers: measure them one by one")
+    need(same, "different tokenizers: measure these networks one by one")
     return nets, a.block_size or min(contexts)
 
 
@@ -589,32 +588,33 @@ def main(argv):
         return
     device, dtype = choose_machine(a.device, a.dtype)
     nets, block_size = find_networks(a, device)
+    networks = list(nets.values())
     if a.out:
-        list(nets.values())[-1].save_pretrained(a.out)
+        networks[-1].save_pretrained(a.out)
         print(f"written: {Path(a.out).absolute()}")
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if a.prompt is not None:
-            print(sample(list(nets.values()), a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
+            print(sample(networks, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
         if a.texts:
             measure_texts(a, nets, block_size, device, dtype)
 
 
 def outlive_reader(stream):
-    """Let an output go on, line by line, when its terminal or pipe closes: a run is not lost with it."""
+    """Let an output go on, by lines, when its terminal or pipe closes: no run is lost with it."""
     stream.reconfigure(line_buffering=True, errors="replace")  # an encoding may lack a character
     write = stream.write
 
     def write_or_drop(text):
         try:
             write(text)
-        except OSError:  # nobody reads any more: what follows goes nowhere
+        except OSError:  # nobody reads any more: the rest goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     stream.write = write_or_drop
 
 
 def run_main(main):
-    """Run a program: what its user can put right becomes one sentence; a bug keeps its traceback."""
+    """Run a program: what a user can put right becomes one sentence; bugs keep their traceback."""
     outlive_reader(sys.stdout)
     outlive_reader(sys.stderr)
     try:
@@ -626,7 +626,7 @@ def run_main(main):
     except (RuntimeError, MemoryError) as e:
         if not data.is_out_of_memory(e):
             raise
-        sys.exit("error: out of memory: lower --batch_size (in a new run, and raise its --grad_accum)")
+        sys.exit("error: out of memory: lower --batch_size (in a new run, raise --grad_accum)")
 
 
 if __name__ == "__main__":
