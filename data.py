@@ -200,7 +200,7 @@ def read_jsonl(path):
         try:
             rows.append(decoder.decode(line.decode()))
         except ValueError as e:
-            raise UserError(f"{path}, line {number}: not JSON ({e}); after a kill, use --resume") from e
+            raise UserError(f"{path}, line {number}: not JSON ({e}); --resume mends a torn row") from e
     return rows
 
 
@@ -210,9 +210,9 @@ EOT = "<|endoftext|>"
 BYTES, GPT2 = 257, 50257
 OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/"
 ENCODINGS = OPENAI + "encodings/main/"
-# Byte b in GPT-2's vocab.json: itself where that can be seen, else the next character from 256 on.
-_own, _others = map(chr, range(256)), map(chr, range(256, 512))
-BYTE_CHARACTERS = "".join(c if c.isprintable() and c != " " else next(_others) for c in _own)
+# How GPT-2's vocab.json writes each byte: as itself if it can be seen, else as the next from 256 on.
+_others = map(chr, range(256, 512))
+BYTE_CHARACTERS = "".join(c if c.isprintable() and c != " " else next(_others) for c in map(chr, range(256)))
 VOCABULARY_SHA256 = {
     "gpt2": "4c9d30e24aa2b6a802cbe721e72c4ea9f4ac076781eafb0686f6ae4019f7f130",
     "bytes": "77b78c7bf116dcf9c41a3d2eb609e77ee8e184c95225a3de0232c0c545fcc526",
@@ -321,7 +321,7 @@ def headers():
 
 
 def _shuffled(texts):
-    """Pieces of 2,000 characters and the rest of a line, in a fixed order, by sha256, as good as random: so
+    """Pieces of 2,000 characters and the rest of a line in the order of their sha256, as good as random: so
     train, val and test, and any prefix of them, are alike."""
     cut = re.compile(r"(?s:.{1,2000})[^\n]*\n?")
     pieces = [piece.encode("utf-8", "replace") for text in texts for piece in cut.findall(text)]
@@ -447,7 +447,7 @@ def load(name, vocab_size, block_size):
     paths = token_files(name, parts, vocab_size)
     for part, least in (("train", 2 * block_size + 1), ("val", 2), ("test", 2)):
         count = length(paths[part]) // 2
-        lacks = f"its {part} split has {count:,} of {least:,} tokens for --block_size={block_size}"
+        lacks = f"its {part} split has {count:,} tokens, --block_size={block_size} needs {least:,}"
         need(count >= least, f"{name} is too short: {lacks} (split at line ends, 90/5/5)")
     return {part: np.memmap(path, "<u2", "r") for part, path in paths.items()}
 

@@ -302,7 +302,8 @@ def comparison(runs):
 
 
 def growths(run):
-    """A row a growth: what it added, that nothing changed, what came of it. So few are not extrapolated."""
+    """A row for each growth: what it added, that it changed nothing, what came of it. Nothing is
+    extrapolated: a few growths make no law."""
     events, evals, start = run["event"], run["eval"], run["header"]
     if not events:
         return "No block was inserted."
