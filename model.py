@@ -1,9 +1,9 @@
-"""GPT-2 in one file: the network, OpenAI's checkpoint in, Hugging Face's format out and in, sampling.
+"""GPT-2 in one file: the network, sampling, OpenAI's checkpoint in, Hugging Face's in and out.
 
-The network is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN
-blocks, tanh GELU, learned positions, output head tied to the token embedding. The names (wte, wpe, h,
-ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. It has two additions: `GPTConfig.generation`
-says of each block which growth inserted it, `GPTConfig.versions` which finished networks are still inside.
+The network of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019): pre-LN
+blocks, tanh GELU, learned positions, output head tied to the token embedding. Names (wte, wpe, h,
+ln_1, attn.c_attn ...) are OpenAI's, so weights map by name. Two additions: `GPTConfig.generation` says
+which growth inserted each block, `GPTConfig.versions` which finished networks are still inside.
 
     model = GPT.from_pretrained("gpt2")
     logits, loss = model(idx, targets)
@@ -32,9 +32,9 @@ class GPTConfig:
     block_size: int = 1024  # positions: the longest context, in tokens
     n_head: int = 12
     n_embd: int = 768
-    generation: tuple = (0,) * 12  # per block: 0 = pretrained, k = inserted by the k-th growth of its life
+    generation: tuple = (0,) * 12  # per block: 0 = pretrained, k = from the network's k-th growth
     dropout: float = 0.0
-    versions: tuple = None  # for each finished network inside, its newest generation; None: only this one
+    versions: tuple = None  # newest generation of each finished network inside; None: only this one
 
     @property
     def n_layer(self):
@@ -43,9 +43,9 @@ class GPTConfig:
     def __post_init__(self):
         self.generation = tuple(self.generation)
         self.versions = (max(self.generation),) if self.versions is None else tuple(self.versions)
-        need(self.n_embd % self.n_head == 0, f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        need(self.n_embd % self.n_head == 0, f"n_head={self.n_head} must divide n_embd={self.n_embd}")
         known = tuple(sorted({*self.versions} & {*self.generation}))
-        need(known and known == self.versions, f"versions must be rising generations, not {self.versions}")
+        need(known and known == self.versions, f"versions={self.versions} must be rising generations")
 
 
 class Attention(nn.Module):
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        causal = not cache  # one token behind what is cached may see all of it
+        causal = not cache  # a token after what is cached may see all of it
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
@@ -82,7 +82,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention + MLP. With both c_proj zero it returns x, bit for bit: that is how a network grows."""
+    """x + attention + MLP. With both c_proj zero it returns x, bit for bit: so a network grows."""
 
     def __init__(self, config):
         super().__init__()
@@ -113,7 +113,7 @@ class GPT(nn.Module):
         return F.dropout(self.wte(idx) + self.wpe(position), self.config.dropout, self.training)
 
     def run(self, x, cache=None):
-        """Pass x (B, T, C) through all blocks, with the cache of `predict` if there is one."""
+        """Pass x (B, T, C) through all blocks, with the cache of `predict` if given."""
         for block in self.h:
             x = block(x) if cache is None else block(x, cache.setdefault(block, []))
         return x
@@ -123,30 +123,30 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean loss in nats per target or None. There
-        is no target where it is -1."""
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean loss in nats per target or
+        None. Where a target is -1, there is none."""
         T, limit = idx.size(1), self.config.block_size
         need(T <= limit, f"{T} tokens exceed the model's block_size of {limit}")
         logits = self.head(self.run(self.embed(idx)))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, stop=True):
         """Continue each row of idx (B, T) by up to max_new_tokens sampled ids; returns (B, T + new).
-
-        Temperature 0 takes the most likely id; top_k samples among the k most likely. A row that has ended
-        (with <|endoftext|>, the last id) repeats it or, without `stop`, goes on with another document.
+        Temperature 0 takes the most likely id; top_k samples from the k most likely. After
+        <|endoftext|>, the last id, a row repeats it or, without `stop`, goes on with another document.
         Contexts are cropped on the left to block_size."""
         need(idx.size(1) > 0, "the prompt is empty: give at least one token")
         eot = self.config.vocab_size - 1
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         cache, was_training = {}, self.training
         self.eval()
-        with torch.compiler.set_stance("force_eager"):  # every length is a new shape: do not compile for each
+        with torch.compiler.set_stance("force_eager"):  # do not compile for each new length
             for _ in range(max_new_tokens):
-                if idx.size(1) > self.config.block_size:  # a cropped window moves every position
+                if idx.size(1) > self.config.block_size:  # a crop moves every position
                     cache = {}
                 logits = self.predict(idx[:, -self.config.block_size :], cache)  # (B, V)
                 chosen = sample(logits, temperature, top_k, generator).to(idx.device)  # (B, 1)
@@ -160,20 +160,19 @@ class GPT(nn.Module):
         return idx
 
     def predict(self, idx, cache):
-        """Logits (B, V) of what follows idx (B, T). The cache, {block: [keys, values]}, holds what earlier
-        calls computed: of idx only the last token is new, or, if it is empty, all."""
+        """Logits (B, V) of what follows idx (B, T). The cache, {block: [keys, values]}, holds what
+        was computed for all of idx but the last token, or is empty."""
         seen = idx.size(1) - 1 if cache else 0
         x = self.run(self.embed(idx[:, seen:], start=seen), cache)
         return self.head(x[:, -1]).float()
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
-        """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with OpenAI's or Hugging Face's files.
-
-        Raises UserError (a ValueError) that names the file and its fault, OSError if one cannot be read."""
+        """A name in SIZES, as 'gpt2', or a folder with OpenAI's or Hugging Face's files. Raises UserError
+        (a ValueError) that names the file and its fault, OSError if one cannot be read."""
         config = replace(read_config(name_or_folder), dropout=dropout)
         folder = Path(name_or_folder).expanduser().absolute()
-        with torch.device("meta"):  # shapes only: no memory and no random numbers for what is about to come
+        with torch.device("meta"):  # shapes only: no memory, no random numbers
             model = cls(config)
         if name_or_folder in SIZES:
             folder = fetch_openai_weights(name_or_folder, model)
@@ -183,15 +182,13 @@ class GPT(nn.Module):
         arrays, written_here = read_huggingface_weights(folder)
         assign_weights(model, arrays, folder / "model.safetensors")
         if len(config.versions) > 1 and not written_here:
-            data.tell(f"{folder}: another program wrote the weights, so its last version stands alone")
+            data.tell(f"{folder}: another program wrote it, so its last version stands alone")
             config.versions = config.versions[-1:]
         return model
 
     def save_pretrained(self, folder, card=None):
-        """Write Hugging Face's format: GPT2LMHeadModel and AutoTokenizer load it, from_pretrained too.
-
-        `card` is the text of its README.md. Each file is written aside and renamed, the weights first; what
-        else is in the folder stays."""
+        """Write Hugging Face's format: GPT2LMHeadModel, AutoTokenizer and from_pretrained load it.
+        `card`: the text of README.md. Files are written aside and renamed, weights first; others stay."""
         folder = Path(folder).expanduser()
         texts = {"config.json": config_json(self.config), **tokenizer_files(self.config)}
         if card is not None:
@@ -207,7 +204,8 @@ class GPT(nn.Module):
 def init_parameter(name, p, n_layer):
     """GPT-2's: N(0, 0.02), output projections scaled by 1/sqrt(2 n_layer), biases 0, gains 1."""
     if p.dim() == 2:
-        nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02)
+        std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+        nn.init.normal_(p, std=std)
     else:
         nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
 
@@ -222,27 +220,27 @@ def sample(logits, temperature, top_k, generator=None):
     return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
 
 
-# ----- Weights from a file. Both formats hold the tensors raw, one behind the other. -----
+# ----- Weights from a file. Both formats hold raw tensors, one after the other. -----
 
 
 def is_linear(name):
-    """Both formats store the weight of a linear layer as (in, out); nn.Linear has it as (out, in)."""
+    """Both formats store a linear layer's weight as (in, out), nn.Linear as (out, in)."""
     return name.endswith(".weight") and ".c_" in name
 
 
 def as_stored(name, p):
-    """One of our tensors as both formats store it, or a stored one as ours."""
+    """Our tensor as both formats store it, or a stored one as ours."""
     return p.t() if is_linear(name) else p
 
 
 def assign_weights(model, arrays, source):
-    """Give a model without memory (on "meta") its weights: every tensor must be there and none left over."""
+    """Give a model on "meta" (no memory) its weights: no tensor may be missing or left over."""
     shapes = {name: tuple(as_stored(name, p).shape) for name, p in model.named_parameters()}
     state = {}
     for name in sorted(shapes.keys() | arrays.keys()):
         found = arrays[name].shape if name in arrays else "missing"
-        expected = shapes.get(name, "none (if transformers knows it, save its GPT2LMHeadModel alone)")
-        need(found == expected, f"{source}: tensor {name}: {found}, where the model has {expected}")
+        expected = shapes.get(name, "none (in transformers, save its GPT2LMHeadModel alone)")
+        need(found == expected, f"{source}: tensor {name}: {found}, the model has {expected}")
         tensor = torch.from_numpy(np.array(arrays[name]))  # a copy: the mapped file may go away
         if tensor.dtype == torch.uint16:
             tensor = tensor.view(torch.bfloat16)
@@ -264,10 +262,8 @@ def openai_name(name):
 
 
 def read_openai_weights(folder, model):
-    """{our name: float32 array}, mapped from the file, unread.
-
-    The Saver writes variables sorted by name and without gaps, so that names and shapes say where each lies
-    (the index file beside it says the same; tests/test_model.py compares)."""
+    """{our name: float32 array}, mapped from the file, unread. The Saver sorts variables by name, without
+    gaps: names and shapes say where each lies (as does its index file: tests/test_model.py compares)."""
     path, named = folder / DATA, dict(model.named_parameters())
     size = 4 * sum(p.numel() for p in model.parameters())
     need(data.is_right(path, size), f"{path} must be there with {size:,} bytes: fetch it again")
@@ -279,9 +275,9 @@ def read_openai_weights(folder, model):
 
 
 # ----- Hugging Face's format -----
-# config.json, and model.safetensors: 8 bytes that hold a length N, N bytes of JSON, the tensors.
+# config.json, and model.safetensors: a length N in 8 bytes, N bytes of JSON, the tensors.
 
-# What config.json must say of these, if it names them: any other value is another architecture.
+# What config.json must say of these, if it names them: all else is another architecture.
 FIXED = dict(
     model_type="gpt2",
     activation_function="gelu_new",
@@ -291,24 +287,24 @@ FIXED = dict(
     scale_attn_by_inverse_layer_idx=False,
 )
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: these are its bits
-MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files carry among the weights
+MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, which some files hold
 
 
 def read_safetensors(path):
-    """{name: array} without masks, mapped from the file, unread, and whether this program wrote it: then its
-    header has the sha256 of its tensors, which others drop when they save. Without one, changed bytes inside
-    a tensor go unnoticed. Whatever a damaged header raises, the caller tells with the file's name."""
+    """{name: array} without masks, mapped from the file, unread, and whether this program wrote it: then
+    the header has the sha256 of the tensors, which others drop. Without it, changed bytes in a tensor
+    go unnoticed. Whatever a damaged header raises, the caller tells with the file's name."""
     raw = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     need(start <= len(raw), "no header (a git-lfs pointer? a web page?): download the file itself")
     header = json.loads(raw[8:start].tobytes())
     metadata = header.pop("__metadata__", {})
     right = "sha256" not in metadata or metadata["sha256"] == data.sha256([raw[start:]])
-    need(right, "its tensors do not have the sha256 that its header gives")
+    need(right, "its tensors do not have its header's sha256")
     arrays, last = {}, start
     for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = (start + offset for offset in t["data_offsets"])
-        need(last == begin <= end <= len(raw), f"{name} does not lie in the file where it should")
+        need(last == begin <= end <= len(raw), f"{name} does not lie where it should")
         last = end
         if name.endswith(MASKS):
             continue
@@ -320,36 +316,39 @@ def read_safetensors(path):
 
 
 def read_huggingface_weights(folder):
-    """{our name: array}, without prefixes and the second copy of wte that some files carry, and whether this
+    """{our name: array}, without prefixes and a second wte, which some files have, and whether this
     program wrote them. Raises UserError that names the file and its fault."""
     paths, path = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     stored, written_here = {}, False
     try:
         if path.exists() and not paths[0].exists():  # transformers divides what is large
-            paths = sorted({folder / file for file in json.loads(path.read_bytes())["weight_map"].values()})
+            files = json.loads(path.read_bytes())["weight_map"].values()
+            paths = sorted({folder / file for file in files})
         for path in paths:
-            need(path.exists(), f"there is no {path.name}: save_pretrained of transformers writes it")
+            need(path.exists(), f"there is no {path.name}: transformers' save_pretrained writes it")
             arrays, written_here = read_safetensors(path)
             stored |= arrays
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
-    # those of a class around GPT-2, of torch.compile and of DistributedDataParallel
-    arrays = {re.sub(r"^(module\.|_orig_mod\.|transformer\.)+", "", name): a for name, a in stored.items()}
+    prefixes = r"^(module\.|_orig_mod\.|transformer\.)+"  # DDP's, torch.compile's, a model class's
+    arrays = {re.sub(prefixes, "", name): array for name, array in stored.items()}
     head = arrays.pop("lm_head.weight", None)
     if head is not None and not np.array_equal(head, arrays.get("wte.weight", head)):
-        raise UserError(f"{folder}: lm_head.weight is not wte.weight, and GPT-2 has one matrix for both")
+        raise UserError(f"{folder}: lm_head.weight is not wte.weight, but GPT-2 has one for both")
     return arrays, written_here
 
 
 def write_safetensors(model, f):
     def tensors():  # one at a time, twice: all at once would double the memory
         for name, p in model.named_parameters():
-            yield as_stored(name, p.detach().float().cpu()).contiguous().numpy().astype("<f4", copy=False)
+            tensor = as_stored(name, p.detach().float().cpu()).contiguous()
+            yield tensor.numpy().astype("<f4", copy=False)
 
     header, end = {}, 0
     for name, p in model.named_parameters():
         begin, end = end, end + 4 * p.numel()
-        header[name] = {"dtype": "F32", "shape": as_stored(name, p).shape, "data_offsets": [begin, end]}
+        shape = as_stored(name, p).shape
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     header["__metadata__"] = {"format": "pt", "sha256": data.sha256(tensors())}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
@@ -359,8 +358,9 @@ def write_safetensors(model, f):
 
 
 def config_json(config):
-    sizes = {"vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size}
-    sizes |= {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
+    sizes = {"vocab_size": config.vocab_size, "n_positions": config.block_size}
+    sizes |= {"n_ctx": config.block_size, "n_embd": config.n_embd}
+    sizes |= {"n_layer": config.n_layer, "n_head": config.n_head}
     growth = {"generation": config.generation, "versions": config.versions}
     special = dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -369,7 +369,7 @@ def config_json(config):
 
 
 def tokenizer_files(config):
-    """{name: text} of the files by which AutoTokenizer has the ids of data.encode."""
+    """{name: text} of the files that give AutoTokenizer the ids of data.encode."""
     values = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.block_size}
     values |= {f"{kind}_token": data.EOT for kind in ("bos", "eos", "unk")}
     values["clean_up_tokenization_spaces"] = False
@@ -383,7 +383,7 @@ def tokenizer_files(config):
     return {}
 
 
-# ----- Where the weights are, and a model's shape, which is known before they are read -----
+# ----- Where weights are, and a model's shape, known before they are read -----
 
 OPENAI_URLS = [
     f"{data.OPENAI}models/{{}}/{DATA}",
@@ -395,12 +395,12 @@ SIZES = {  # name: OpenAI's name of it, layers, heads, width
     "gpt2-large": ("774M", 36, 20, 1280),
     "gpt2-xl": ("1558M", 48, 25, 1600),
 }
-# Of the larger sizes no hash is published; their exact number of bytes is checked.
+# No hash of the larger sizes is published: their number of bytes is checked.
 SHA256 = {"gpt2": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"}
 
 
 def read_config(name_or_folder):
-    """GPTConfig of what from_pretrained would load, with all versions that it names. Raises UserError."""
+    """GPTConfig of what from_pretrained would load, with all versions it names. Raises UserError."""
     folder = Path(name_or_folder).expanduser().absolute()
     if name_or_folder in SIZES:
         if folder.exists():
@@ -418,20 +418,20 @@ def read_config(name_or_folder):
         raise UserError(f"no model: {folder} {hint} ({known})")
     try:
         h = json.loads(path.read_bytes())
-        h = {"vocab_size": h.get("n_vocab"), "n_positions": h.get("n_ctx")} | h  # OpenAI's names of these
-        if h.get("activation_function") == "gelu_pytorch_tanh":  # another name of the same
+        h = {"vocab_size": h.get("n_vocab"), "n_positions": h.get("n_ctx")} | h  # OpenAI's names
+        if h.get("activation_function") == "gelu_pytorch_tanh":  # the same function
             h["activation_function"] = "gelu_new"
         for key, value in (FIXED | {"n_inner": 4 * h["n_embd"]}).items():
             found = h.get(key, value)
-            need(found in (None, value), f"{key} is {found!r}, another architecture: give one with {value!r}")
+            need(found in (None, value), f"{key} is {found!r}: give an architecture with {value!r}")
         generation = h.get("generation", [0] * h["n_layer"])
-        need(len(generation) == h["n_layer"], "not of n_layer blocks: delete generation and versions")
+        need(len(generation) == h["n_layer"], "not n_layer blocks: delete generation and versions")
         versions = tuple(h.get("versions", ()))
         if max(generation) not in versions:  # a file's network is finished: a version itself
             versions = (*versions, max(generation))
         sizes = h["vocab_size"], h["n_positions"], h["n_head"], h["n_embd"]
         positive = all(type(size) is int and size > 0 for size in sizes)
-        need(positive, f"vocab_size, n_positions, n_head, n_embd must be positive integers, not {sizes}")
+        need(positive, f"vocab_size, n_positions, n_head, n_embd must be positive integers: {sizes}")
         data.check_tokenizer(folder, h["vocab_size"])
         return GPTConfig(*sizes, generation, versions=versions)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
