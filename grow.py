@@ -1,15 +1,14 @@
 """Growing a GPT: where a block goes in, what freezes, when to grow, how the old is kept.
 
 A pre-LN block computes x + attention(ln(x)), then x + MLP(ln(x)). If the last matrix and bias of both
-branches are zero, the block adds exactly zero and the network computes what it computed before, bit for
-bit, while the gradient of those zeros is not zero: the block can learn. That is depth growth as in Net2Net
-(Chen et al., 2016), LLaMA Pro (Wu et al., arXiv 2401.02415) and "Composable Function-preserving
-Expansions" (Gesmundo & Maile, arXiv 2308.06103).
+branches are zero, it adds exactly zero: the network computes what it did, bit for bit. The zeros have a
+gradient: the block can learn. This is depth growth as in Net2Net (Chen et al., 2016), LLaMA Pro (Wu et al.,
+arXiv 2401.02415), "Composable Function-preserving Expansions" (Gesmundo & Maile, arXiv 2308.06103).
 
-    block = insert_block(model, at=12)      # the network is one deeper and computes the same
+    block = insert_block(model, at=12)      # one block deeper, it computes the same
     freeze(model, "base")                   # only what was inserted trains
-    teacher = original(model)               # the network that it was, sharing every tensor
-    mix(losses)                             # predicting with both, each as far as it has been right
+    teacher = original(model)               # the network it was, sharing every tensor
+    mix(losses)                             # predict with both, each as far as it was right
 """
 
 import copy
@@ -27,17 +26,17 @@ from model import GPT, init_parameter
 
 # ----- Insertion -----
 
-TOLERANCE = 0.0  # by which a growth may change a logit; more only for what is the identity up to rounding
+TOLERANCE = 0.0  # how far a growth may change a logit; more only for an identity up to rounding
 
 
 def insert_block(model, at, init="copy", generation=None):
-    """Insert a block that computes the identity at index `at` of model.h (0 ... n_layer) and return it.
+    """Insert an identity block at index `at` of model.h (0 ... n_layer) and return it.
 
-    init "copy" starts from the block below (at index 0, above), "fresh" from GPT-2's random weights; in both
-    the two output projections are zero (arXiv 2308.06103, theorem 3.6): at first only they have a gradient,
-    from the second step on all have one. `generation`: of the growth that it belongs to; None: the next."""
+    init "copy" starts from the block below (at index 0, above), "fresh" from GPT-2's random weights. Both
+    zero the two output projections (arXiv 2308.06103, theorem 3.6): at first only these have a gradient,
+    from the second step on all do. `generation`: of the growth it belongs to; None: the next."""
     config = model.config
-    need(0 <= at <= config.n_layer, f"cannot insert at {at}: give an index from 0 to {config.n_layer}")
+    need(0 <= at <= config.n_layer, f"cannot insert at {at}: give 0 to {config.n_layer}")
     need(init in ("copy", "fresh"), f"unknown block init {init!r}: give copy or fresh")
     block = copy.deepcopy(model.h[max(at - 1, 0)]).requires_grad_(True)
     if init == "fresh":
@@ -53,8 +52,7 @@ def insert_block(model, at, init="copy", generation=None):
 
 
 def grown(model):
-    """Indices of the blocks inserted since the last finished version: those of this run. All others are
-    originals. Every rule below asks here."""
+    """Indices of this run's blocks: those newer than the last version. Every rule below asks here."""
     return [i for i, g in enumerate(model.config.generation) if g > model.config.versions[-1]]
 
 
@@ -63,10 +61,10 @@ def originals(model):
 
 
 def placement(where, model, growth, max_growths):
-    """Index for the next block when `growth` of `max_growths` growths are done.
+    """Index for the next block after `growth` of `max_growths` growths.
 
-    "spread" divides the original blocks into max_growths groups, equal but for rounding, and puts one block
-    after each (LLaMA Pro's interleaving); "upper" does the same with the upper half; both from the top down:
+    "spread" cuts the original blocks into max_growths groups, equal but for rounding, and puts a block
+    after each (LLaMA Pro's interleaving); "upper" does so with the upper half. Both go from the top down:
     blocks below the lowest that trains need no backward. "top" and "bottom" always use the ends."""
     if where == "top":
         return model.config.n_layer
@@ -78,7 +76,7 @@ def placement(where, model, growth, max_growths):
     need(known, f"unknown place {where!r}: give spread, upper, top, bottom, or an index")
     old = originals(model)
     span = len(old) if where == "spread" else len(old) / 2
-    below = round(len(old) - growth * span / max_growths)  # originals that stay below the new block
+    below = round(len(old) - growth * span / max_growths)  # originals below the new block
     return old[max(below, 1) - 1] + 1
 
 
@@ -88,10 +86,10 @@ def placement(where, model, growth, max_growths):
 def freeze(model, policy):
     """Set requires_grad by policy. Nothing freezes before the first growth, except under "topN".
 
-    base    only grown blocks train: embeddings, original blocks and final norm keep their values for ever
+    base    only grown blocks train: embeddings, original blocks and final norm never change
     older   only the newest generation trains
     none    everything trains
-    topN    only the N highest original blocks and grown blocks train (a control without growth)"""
+    topN    only the top N original blocks and grown blocks train (a control without growth)"""
     generation, old, new = model.config.generation, originals(model), grown(model)
     if policy == "base":
         trains = new
@@ -102,29 +100,29 @@ def freeze(model, policy):
     elif policy in [f"top{n}" for n in range(1, len(old) + 1)]:
         trains = old[-int(policy.removeprefix("top")) :] + new
     else:
-        raise UserError(f"unknown freeze policy {policy!r}: give base, older, none, or top1 to top{len(old)}")
-    model.requires_grad_(policy == "none" or not trains)  # base and older freeze nothing before a growth
+        raise UserError(f"unknown policy {policy!r}: give base, older, none, top1 to top{len(old)}")
+    model.requires_grad_(policy == "none" or not trains)  # before a growth, all
     for i in trains:
         model.h[i].requires_grad_(True)
-    model.zero_grad()  # of before: a frozen parameter must keep none
+    model.zero_grad()  # a frozen parameter must keep none
 
 
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-# ----- Versions: the networks that it was, inside the network that it is -----
+# ----- Versions: the networks it was, inside the network it is -----
 
 
 def version(model, g):
-    """The network of the blocks up to generation `g`, as a GPT that shares every tensor with `model`. Raises
-    UserError if g is neither one of config.versions nor the newest generation: the model itself."""
+    """The blocks up to generation `g`, as a GPT that shares every tensor with `model`. Raises UserError if
+    g is neither in config.versions nor the newest generation, the model itself."""
     c = model.config
     known = sorted({*c.versions, max(c.generation)})
-    need(g in known, f"there is no version {g} in this model: give one of {', '.join(map(str, known))}")
+    need(g in known, f"no version {g} in this model: give one of {', '.join(map(str, known))}")
     keep = [i for i, k in enumerate(c.generation) if k <= g]
     generation, versions = [c.generation[i] for i in keep], [v for v in c.versions if v <= g]
-    with torch.device("meta"):  # an empty shell, filled with the model's own modules
+    with torch.device("meta"):  # a shell, for the model's own modules
         net = GPT(replace(c, generation=generation, versions=versions))
     net.wte, net.wpe, net.ln_f = model.wte, model.wpe, model.ln_f
     net.h = nn.ModuleList(model.h[i] for i in keep)
@@ -132,20 +130,21 @@ def version(model, g):
 
 
 def original(model):
-    """The network this run started from; its weights are what they were only if originals never train."""
+    """The network this run started from: unchanged only if originals never train."""
     return version(model, model.config.versions[-1])
 
 
 def networks(model):
-    """Every version that is still inside, the oldest first, and last the model as it is now."""
-    return [version(model, g) for g in sorted({*model.config.versions, max(model.config.generation)})]
+    """Every version still inside, the oldest first, and last the model as it is now."""
+    c = model.config
+    return [version(model, g) for g in sorted({*c.versions, max(c.generation)})]
 
 
 @torch.no_grad()
 def scale_grown(model, alpha):
-    """Multiply the output projections of the last version's own blocks by `alpha`: 0 is the version before,
-    1 the last. What lies between is one ordinary GPT-2 that has learned less, and may have forgotten less."""
-    need(len(model.config.versions) > 1, "alpha leads from one version to the next, and this model has one")
+    """Multiply the output projections of the last version's own blocks by `alpha`: 0 is the version
+    before, 1 the last. Between lies an ordinary GPT-2 that learned less and may have forgotten less."""
+    need(len(model.config.versions) > 1, "alpha needs two versions, and this model has one")
     for block, generation in zip(model.h, model.config.generation):
         if generation > model.config.versions[-2]:
             for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
@@ -153,19 +152,19 @@ def scale_grown(model, alpha):
 
 
 def shared(a, b):
-    """What two networks have in common, from the bottom up: (the embedding, a block, ...), or nothing."""
+    """What two networks share from the bottom up: (the embedding, a block, ...), or nothing."""
     pairs = zip((a.wte, *a.h), (b.wte, *b.h))
     return tuple(x for x, y in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
 def run_together(nets, idx, first=0, cache=None):
-    """Outputs (B, T, C) of the last block of each network, for ids (B, T). What any of them have in common
-    from the bottom up is computed once. All but the last run without gradient, and only on the rows from
-    `first` on. With a cache, a dict {modules from the bottom up: [keys, values]}, idx has one new token or,
-    if the cache is empty, is all new: the outputs are those of the new tokens."""
+    """Outputs (B, T, C) of the last block of each network, for ids (B, T). What networks share from the
+    bottom up is computed once. All but the last run without gradient, and only on the rows from `first`
+    on. With a cache, {modules from the bottom up: [keys, values]}, only the last token of idx is new or,
+    if the cache is empty, all are: the outputs are those of new tokens."""
     forks = {shared(a, b) for a, b in itertools.combinations(nets, 2)}
     seen = idx.size(1) - 1 if cache else 0
-    kept, outputs = {}, {}  # what comes out of each fork, for the networks that follow; and at the end
+    kept, outputs = {}, {}  # what comes out of each fork, for later networks; and at the end
     for net in [nets[-1], *nets[:-1]]:
         path, is_last = (net.wte, *net.h), net is nets[-1]
         start = max((n for n in range(1, len(path) + 1) if path[:n] in kept), default=0)
@@ -182,23 +181,23 @@ def run_together(nets, idx, first=0, cache=None):
     return [outputs[net] for net in nets]
 
 
-# The habits of the mixture: never to spread its weights anew; to spread 5% of them after each token, which
-# follows a text that changes. Together they predict better than any one share, on old text and on new.
+# Habits of the mixture: never to spread its weights anew; to spread 5% after each token, which follows
+# a text that changes. Together they predict better than any one share, on old text and new.
 SHARES = (0.0, 0.05)
 
 
 def mix(losses, shares=SHARES):
     """Loss of predicting with K networks at once: nats per token (K, B, T) -> (B, T), float64 on the CPU.
-    Losses are 0 where nothing is predicted, which may only be at the end of a window.
+    Losses are 0 where nothing is predicted, only at the end of a window.
 
-    Each share is a habit, each pair of a habit and a network has a weight w, equal at the start of a window,
-    and the mixture says p = sum w p_k. After each token w becomes w p_k / p: Bayes' rule. Then each habit
+    Each share is a habit. Each pair of a habit and a network has a weight w, equal when a window starts.
+    The mixture says p = sum w p_k. After each token w becomes w p_k / p: Bayes' rule. Then each habit
     spreads its share of its weights equally over the networks (Herbster and Warmuth, 1998).
 
-    Over a window p multiplies up to P. Of the pairs whose habit spreads nothing, the one with network k began
-    with 1 / (K len(shares)) and adds that times exp(-L_k), L_k the sum of k's losses. So P is at least that,
-    and -ln P at most L_k + ln(K len(shares)): for the best k, on any text, at any length. (Cesa-Bianchi and
-    Lugosi, Prediction, Learning, and Games, 2006, chapter 9.)"""
+    Over a window p multiplies up to P. With the habit that spreads nothing, network k starts at weight
+    1 / (K len(shares)) and adds that times exp(-L_k), L_k the sum of its losses. So P is at least that,
+    and -ln P at most L_k + ln(K len(shares)): for the best k, on any text, at any length. (Cesa-Bianchi
+    and Lugosi, Prediction, Learning, and Games, 2006, chapter 9.)"""
     log_w, mixed = None, []
     for loss in losses.cpu().double().unbind(-1):  # (K, B)
         nats, log_w = mix_token(log_w, loss, shares)
@@ -207,8 +206,8 @@ def mix(losses, shares=SHARES):
 
 
 def mix_token(log_w, losses, shares=SHARES):
-    """One token of `mix`: log weights (S, K, B) of S habits, None at the start, and losses (K, B) -> the
-    mixture's loss (B,) and the next log weights."""
+    """One token of `mix`: log weights (S, K, B) of S habits (None at first), losses (K, B) -> the
+    mixture's loss (B,), the next log weights."""
     S, K = len(shares), len(losses)
     if log_w is None:
         log_w = torch.full((S, *losses.shape), -math.log(S * K), dtype=torch.float64)
@@ -219,7 +218,7 @@ def mix_token(log_w, losses, shares=SHARES):
     return nats, torch.logaddexp(log_w + (1 - share).log(), spread)
 
 
-# ----- Triggers: is a growth due? Pure functions of what the log holds, so there is no state to save. -----
+# ----- Triggers: is a growth due? Pure functions of the log: no state to save. -----
 
 
 def scheduled(step, first, every):
@@ -229,10 +228,10 @@ def scheduled(step, first, every):
 
 def plateau(evals, patience, min_delta, grown=0):
     """Due when the loss has not fallen by more than `min_delta` nats for `patience` steps.
-    evals: [(step, validation loss in nats)], in order. The terms are those of torch's ReduceLROnPlateau (mode
-    min, threshold_mode abs), counted in steps: due at the first evaluation that is `patience` steps behind
-    the last improvement, where ReduceLROnPlateau waits for one more. Patience is also counted from step
-    `grown` of the last growth, so that a new block has time to prove itself."""
+    evals: [(step, validation loss in nats)], in order. Terms are as in torch's ReduceLROnPlateau (mode
+    min, threshold_mode abs), counted in steps: due at the first evaluation `patience` steps after the
+    last improvement, where torch's waits for one more. Patience also counts from step `grown` of the
+    last growth: a new block has time to prove itself."""
     best, improved = float("inf"), 0
     for step, loss in evals:
         if loss < best - min_delta:
@@ -241,27 +240,27 @@ def plateau(evals, patience, min_delta, grown=0):
 
 
 def is_due(o, step, evals, events):
-    """Asked at each step of a run with options `o`, after its evaluation. `evals` and `events` are rows of
-    its log, so that a run that was stopped grows where another would."""
-    grown_at = events[-1]["step"] if events else -1
-    if not o.starts_growing <= step < o.max_steps or len(events) == o.max_growths or grown_at == step:
+    """Asked at each step of a run with options `o`, after its evaluation. `evals` and `events` are
+    rows of its log, so a run that was stopped grows where another would."""
+    last = events[-1]["step"] if events else -1
+    if not o.starts_growing <= step < o.max_steps or len(events) == o.max_growths or last == step:
         return False
     if o.trigger == "schedule":
         return scheduled(step, o.starts_growing, o.grow_every)
-    if step == 0:  # there is no plateau yet, but --first_growth=0 means that the originals never train
+    if step == 0:  # no plateau yet, but with --first_growth=0 originals never train
         return o.first_growth == 0
-    if step % o.eval_every:  # what follows looks at evaluations, and is asked when there is a new one
+    if step % o.eval_every:  # what follows looks at new evaluations
         return False
     history = [(e["step"], e["learn"]) for e in evals if e["step"] % o.eval_every == 0]
-    return plateau(history, o.patience, o.min_delta, grown_at)
+    return plateau(history, o.patience, o.min_delta, last)
 
 
 # ----- The optimizer over growth -----
 
 
 def make_optimizer(model, lr, weight_decay, state=()):
-    """AdamW over what trains now; matrices and embeddings decay. What `state` (optimizer_state, of before a
-    growth or a stop) knows of a parameter that trains is carried over; a new block starts fresh."""
+    """AdamW over what trains now; matrices and embeddings decay. What `state` (optimizer_state before
+    a growth or stop) knows of a parameter that trains is carried over; a new block starts fresh."""
     params = trainable(model)
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
@@ -277,16 +276,17 @@ def make_optimizer(model, lr, weight_decay, state=()):
 
 
 def optimizer_state(model, optimizer):
-    """{parameter name: its moments and step}. (Positions, by which torch's own goes, shift at a growth.)"""
-    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
+    """{parameter name: its moments and step}. (Torch's own goes by positions, which shift at a growth.)"""
+    state = optimizer.state
+    return {name: dict(state[p]) for name, p in model.named_parameters() if p in state}
 
 
 # ----- Keeping the old: distillation and EWC -----
 
 
 def distillation_loss(student_logits, teacher_logits, temperature):
-    """T^2 KL(teacher || student) of the softened distributions, mean over tokens, in nats; logits (..., V).
-    T^2 keeps the size of its gradient independent of T (Hinton et al., 2015, section 2)."""
+    """T^2 KL(teacher || student) of softened distributions, mean over tokens, in nats; logits (..., V).
+    T^2 keeps the gradient's size independent of T (Hinton et al., 2015, section 2)."""
     student = F.log_softmax(student_logits.float().flatten(0, -2) / temperature, -1)  # (N, V)
     teacher = F.log_softmax(teacher_logits.float().flatten(0, -2) / temperature, -1)  # (N, V)
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
@@ -295,11 +295,10 @@ def distillation_loss(student_logits, teacher_logits, temperature):
 class EWC:
     """Elastic weight consolidation (Kirkpatrick et al., 2017, eq. 3): (1/2) sum F (w - w*)^2, without lambda.
 
-    w* are the weights of `model` now and F the diagonal of their Fisher information per token, E[(d log p
-    / dw)^2], on `batches`, each ids (B, T), with labels sampled from the model itself. The gradients of the
-    labels' log p have mean zero and are uncorrelated, so the square of their sum is on average the sum of
-    their squares: one backward per batch is unbiased. (With the data's labels it is not: van de Ven, arXiv
-    2502.11756.)"""
+    w* are the weights of `model` now, F is the diagonal of their Fisher information per token,
+    E[(d log p / dw)^2], on `batches` of ids (B, T), with labels sampled from the model. The gradients of
+    their log p have mean zero and are uncorrelated, so the square of their sum is on average the sum of
+    squares: one backward a batch is unbiased. (Not with the data's labels: van de Ven, arXiv 2502.11756.)"""
 
     def __init__(self, model, batches, generator=None):
         was_training = model.training
@@ -320,26 +319,26 @@ class EWC:
         model.train(was_training)
 
     def penalty(self, model):
-        """Scalar, over the original parameters of `model` that still train: few launches for all of them."""
+        """Scalar, over the original parameters of `model` that still train, in few launches."""
         named = {n: p for n, p in original_parameters(model) if p.requires_grad}
         if not named:
             return torch.zeros((), device=model.wte.weight.device)
         moved = torch._foreach_sub(list(named.values()), [self.anchor[n] for n in named])
         terms = torch._foreach_mul(torch._foreach_mul(moved, moved), [self.fisher[n] for n in named])
-        return torch.stack(torch._foreach_norm(terms, 1)).sum() / 2  # none is negative: the norm is the sum
+        return torch.stack(torch._foreach_norm(terms, 1)).sum() / 2  # none is negative: norm is sum
 
 
 def generate_text(model, count, seed):
-    """Text for generative replay (Shin et al., arXiv 1705.08690), sampled from `model` itself: ids (count,)
-    uint16, the same on every process, to be cut into windows as a text is.
+    """Text for generative replay (Shin et al., arXiv 1705.08690), sampled from `model`: ids (count,) uint16,
+    the same on every process, to be cut into windows as a text is.
 
-    It is some long streams, one behind the other; where the context is full, a stream goes on from its last
-    half. If all windows began with <|endoftext|>, which those of a text do not, a network would learn to tell
-    them by it, and keep what it knew only behind it."""
+    It is some long streams, one after the other; where the context is full, a stream goes on from its
+    last half. If all windows began with <|endoftext|>, unlike a text's, a network would learn to tell
+    them by it, and keep what it knew only after it."""
     context, end = model.config.block_size, model.config.vocab_size - 1
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    # At a time at most 32,768 tokens, whose keys and values must fit in memory, and eight contexts a stream.
+    # At a time at most 32,768 tokens, for their keys and values; eight contexts a stream.
     streams = max(1, min(32768 // context, count // (8 * context)))
     length = math.ceil(count / streams) | 1  # odd, so that the streams begin anywhere in a window
     ids = torch.full((streams, 1), end, device=device)
@@ -354,19 +353,19 @@ def generate_text(model, count, seed):
 
 
 def original_parameters(model):
-    """(name in the original network, parameter) for every parameter that is not in a grown block."""
-    outside = [(n, p) for n, p in model.named_parameters() if not n.startswith("h.")]
+    """(name in the original network, parameter) of all that is not in a grown block."""
+    rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("h.")]
     blocks = [model.h[i] for i in originals(model)]
-    return outside + [(f"h.{i}.{n}", p) for i, b in enumerate(blocks) for n, p in b.named_parameters()]
+    return rest + [(f"h.{i}.{n}", p) for i, b in enumerate(blocks) for n, p in b.named_parameters()]
 
 
 # ----- The objective -----
 
 
 class Objective(nn.Module):
-    """The losses of one micro-batch, as a module so that DistributedDataParallel can wrap it: of x (B + K, T)
-    and y (B, T) the next-token loss and the distillation loss, both in nats per token. The last K rows of x
-    have no targets: the network is only distilled on them. With K = 0 it is distilled on x itself."""
+    """Losses of a micro-batch, as a module so that DistributedDataParallel can wrap it: of x (B + K, T) and
+    y (B, T) the next-token and the distillation loss, in nats per token. The last K rows of x have
+    no targets: the network is only distilled on them. With K = 0 it is distilled on all of x."""
 
     def __init__(self, model, teacher=None, temperature=1.0):
         super().__init__()
@@ -377,10 +376,11 @@ class Objective(nn.Module):
         B = len(y)
         if self.teacher is None:
             return self.losses(self.model.run(self.model.embed(x)), y=y)
+        nets = [self.teacher, self.model]
         if len(x) == B:
-            target, hidden = run_together([self.teacher, self.model], x)  # (B, T, C) each
+            target, hidden = run_together(nets, x)  # (B, T, C) each
             return self.losses(hidden, y=y, target=target)
-        target, hidden = run_together([self.teacher, self.model], x, first=B)  # (K, T, C), (B + K, T, C)
+        target, hidden = run_together(nets, x, first=B)  # (K, T, C), (B + K, T, C)
         nll, _ = self.losses(hidden[:B], y=y)
         _, kd = self.losses(hidden[B:], target=target)
         return nll, kd
@@ -400,9 +400,9 @@ class Objective(nn.Module):
 
 def compile_objective(objective):
     """Compile what is not compiled yet: each block, and the final norm with head and loss.
-    Blocks that do the same work share one graph, of which their parameters are inputs: two functions,
-    whatever the depth. A compiled whole network would be compiled anew at every growth."""
-    for net in objective.children():  # the model and, if there is one, the teacher
+    Blocks that do the same work share a graph, with their parameters as inputs: two functions at any
+    depth. A compiled whole network would be compiled anew at every growth."""
+    for net in objective.children():  # the model and the teacher, if any
         for block in net.h:
             if block._compiled_call_impl is None:
                 block.compile(dynamic=False)
@@ -413,12 +413,12 @@ def compile_objective(objective):
 def count_flops(objective, rows, distilled, T):
     """Floating-point operations of a step on `rows` rows of T tokens and `distilled` more without targets.
 
-    Forward: two for every weight of a matrix and token, the head included, and two for every product inside
-    attention, masked or not. Backward: as much for activations, from the head down to the lowest block that
-    trains; as much again for weights that train, and in attention. Look-ups, gains, biases: not counted."""
+    Forward: two per token for every weight of a matrix, the head included, and two for every product in
+    attention, masked or not. Backward: as much for activations, from the head down to the lowest block
+    that trains; again for weights that train, and in attention. Look-ups, gains, biases: not counted."""
     model, teacher = objective.model, objective.teacher
     C, V = model.config.n_embd, model.config.vocab_size
-    matrices, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V  # of a row, forward
+    matrices, attention, head = 2 * T * 12 * C * C, 4 * T * T * C, 2 * T * C * V  # a row, forward
     trains = [any(p.requires_grad for p in block.parameters()) for block in model.h]
     whole = model.wte.weight.requires_grad
     row = head * (2 + whole) + model.config.n_layer * (matrices + attention)
@@ -426,6 +426,6 @@ def count_flops(objective, rows, distilled, T):
         row += matrices * (1 + block_trains) + 2 * attention
     flops = (rows + distilled) * row
     if teacher is not None:
-        above = teacher.config.n_layer - max(len(shared(model, teacher)) - 1, 0)  # blocks of its own
+        above = teacher.config.n_layer - max(len(shared(model, teacher)) - 1, 0)  # its own blocks
         flops += (distilled or rows) * (above * (matrices + attention) + head)
     return flops
