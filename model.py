@@ -168,8 +168,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
-        """A name in SIZES, as 'gpt2', or a folder with OpenAI's or Hugging Face's files. Raises UserError
-        (a ValueError) that names the file and its fault, OSError if one cannot be read."""
+        """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with OpenAI's or Hugging Face's files.
+        Raises UserError (a ValueError) that names the file and its fault, OSError if one cannot be read."""
         config = replace(read_config(name_or_folder), dropout=dropout)
         folder = Path(name_or_folder).expanduser().absolute()
         with torch.device("meta"):  # shapes only: no memory, no random numbers
@@ -423,9 +423,9 @@ def read_config(name_or_folder):
             h["activation_function"] = "gelu_new"
         for key, value in (FIXED | {"n_inner": 4 * h["n_embd"]}).items():
             found = h.get(key, value)
-            need(found in (None, value), f"{key} is {found!r}: give an architecture with {value!r}")
+            need(found in (None, value), f"{key} is {found!r}, not {value!r}: another architecture")
         generation = h.get("generation", [0] * h["n_layer"])
-        need(len(generation) == h["n_layer"], "not n_layer blocks: delete generation and versions")
+        need(len(generation) == h["n_layer"], "not n_layer generations: delete generation and versions")
         versions = tuple(h.get("versions", ()))
         if max(generation) not in versions:  # a file's network is finished: a version itself
             versions = (*versions, max(generation))

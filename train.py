@@ -76,13 +76,13 @@ class Options:
     block_init: str = option("copy", "of the block below, or fresh", choices=["copy", "fresh"])
     freeze: str = option("base", "once grown: base, older, none; topN: only N top blocks train")
     patience: int = option(300, "steps without improvement", least=1, needs="trigger=plateau")
-    min_delta: float = option(0.01, "least improvement, in nats", least=0, needs="trigger=plateau")
+    min_delta: float = option(0.01, "an improvement, in nats", least=0, needs="trigger=plateau")
     # keeping the old
     # Distilling, a micro-step holds five tensors of logits, not three: 8 GB at 8 x 1,024 tokens.
     kd_weight: float = option(0.0, "weight of distillation from the pretrained network", least=0)
     kd_temperature: float = option(1.0, "its temperature", least=0.01, needs="kd_weight")
-    kd_on: str = option("train", "text", choices=["train", "retain", "generated"], needs="kd_weight")
-    kd_rows: int = option(4, "rows of old or generated text per batch", least=1, needs="kd_weight")
+    kd_on: str = option("train", "its text", choices=["train", "retain", "generated"], needs="kd_weight")
+    kd_rows: int = option(4, "rows of old or generated text a batch", least=1, needs="kd_weight")
     generated: int = option(2048, "rows the pretrained network writes", least=1, needs="kd_weight")
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", least=0)
     ewc_batches: int = option(32, "batches of 8 old rows for its Fisher", least=1, needs="ewc_lambda")
@@ -183,7 +183,7 @@ def check(o, world=1):
     need(o.retain != "none" or not uses_old, "--ewc_lambda, --replay, --kd_on=retain need a --retain text")
     rows = o.batch_size * o.grad_accum
     whole = math.isclose(o.replay * rows, round(o.replay * rows), rel_tol=1e-5)
-    need(whole and o.replay < 1, f"--replay={o.replay}: give a multiple of {1 / rows:g} below 1")
+    need(whole and o.replay < 1, f"--replay={o.replay}: give a multiple of {1 / rows:g} below 1, or 0")
     with torch.device("meta"):  # without memory: what grow.py refuses, it refuses now
         model = GPT(network_config(o))
     limit = model.config.block_size
@@ -377,7 +377,7 @@ def train(o):
             signal.signal(number, signal.SIG_DFL)
 
     stops = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # no nohup
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks
         stops.append(signal.SIGHUP)  # a terminal closes
     for number in stops:
         signal.signal(number, note)
@@ -392,7 +392,7 @@ def train(o):
         # --- measure, unless a run stopped here has done it
         if measures and not (evals and evals[-1]["step"] == step):
             found = validate()
-            loss, _, _, norm = last_step() if step > first else [None] * 4  # for triggers
+            loss, _, _, norm = last_step() if step > first else [None] * 4  # triggers may ask
             evals.append(record("eval", step=step, **found, loss=loss, norm=norm))
             words = [f"{key.replace('_', ' ')} {v:.4f}" for key, v in found.items() if v is not None]
             print(f"step {step}/{o.max_steps} validation: {', '.join(words)}")
@@ -420,7 +420,7 @@ def train(o):
             event |= {"layers_after": model.config.n_layer, "generation": max(model.config.generation)}
             after = validate()
             event |= {f"{key}_after": after[key] for key in texts} | sizes()
-            event["parameters_added"] = event["parameters"] - [header, *events][-1]["parameters"]
+            event["parameters_added"] = event["parameters"] - (events[-1] if events else header)["parameters"]
             events.append(record("event", **event))
             added = f"+{event['parameters_added']:,} parameters at index {at}"
             same = f"equal to {grow.TOLERANCE:g}" if grow.TOLERANCE else "bitwise equal"
@@ -452,13 +452,13 @@ def train(o):
             group["lr"] = lr
         losses = torch.zeros(4, device=device)  # next token, distillation, EWC, gradient norm
         for i, (x, y) in enumerate(micro_batches(o, texts, generated, step, device, rank, world)):
-            last_batch = i == o.grad_accum - 1
-            ddp.require_backward_grad_sync = last_batch  # only then ranks average gradients
+            last_micro_step = i == o.grad_accum - 1
+            ddp.require_backward_grad_sync = last_micro_step  # only then ranks average gradients
             with autocast:
                 nll, kd = ddp(x, y)
             loss = (nll + o.kd_weight * kd) / o.grad_accum
             losses[:2] += torch.stack([nll, kd]).detach() / o.grad_accum
-            if ewc and last_batch:  # it does not depend on the batch: once a step
+            if ewc and last_micro_step:  # it does not depend on the batch: once a step
                 penalty = ewc.penalty(model)
                 loss, losses[2] = loss + o.ewc_lambda * penalty, penalty.detach()
             scaler.scale(loss).backward()
@@ -475,11 +475,12 @@ def train(o):
             ms = 1000 * (time.perf_counter() - clock - trained) / (step + 1 - logged)
             trained, logged = time.perf_counter() - clock, step + 1
             record("step", step=step, loss=nll, kd=kd, ewc=penalty, lr=lr, norm=norm, ms=ms)
-            terms = f" kd {kd:.4f}" if o.kd_weight else ""
+            terms = f"loss {nll:.4f}"
+            terms += f" kd {kd:.4f}" if o.kd_weight else ""
             terms += f" ewc {penalty:.2e}" if ewc else ""
-            terms += f" lr {lr:.1e} norm {norm or 0:.2f} {ms:.0f} ms {1000 * rows * T / ms:,.0f} tok/s"
+            speed = f"{ms:.0f} ms {1000 * rows * T / ms:,.0f} tok/s depth {model.config.n_layer}"
             minutes = (o.max_steps - logged) * ms / 60_000
-            print(f"step {step} loss {nll:.4f}{terms} depth {model.config.n_layer} {minutes:.1f} min left")
+            print(f"step {step} {terms} lr {lr:.1e} norm {norm or 0:.2f} {speed} {minutes:.1f} min left")
 
     # ----- the end: base against grown on the test splits, export, tables -----
     for number in stops:
@@ -489,8 +490,9 @@ def train(o):
         return 128 + stopped_by
     if data.sha256(p.detach().cpu().numpy() for p in base.parameters()) != header["init_sha256"]:
         raise RuntimeError("the network before the run changed, and it must not")
-    versions = model.config.versions if keeps else ()  # those in it as they were
-    model.config.versions = (*versions, max(model.config.generation))  # and, now finished, itself
+    # From here on the network is finished: a version itself, beside those inside it.
+    versions = model.config.versions if keeps else ()
+    model.config.versions = (*versions, max(model.config.generation))
     result = {"layers": model.config.n_layer, "versions": model.config.versions, **sizes()}
     nets = grow.networks(model) if keeps else [base, model]  # last what it was, and what it is
     with autocast:
