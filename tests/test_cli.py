@@ -189,6 +189,12 @@ def test_more_steps_on_resume_grow_where_one_run_would(text, tmp_path):
     assert steps_of(tmp_path / "parts", "event") == [3, 6] and exports[0] == exports[1]
 
 
+def test_ranks_that_go_on_from_different_checkpoints_are_refused(text, tmp_path, monkeypatch):
+    most = lambda tensor, op: tensor + (op == train.dist.ReduceOp.MAX)  # of two ranks
+    monkeypatch.setattr(ev, "over_ranks", most)
+    refused(lambda: train.main(arguments(text, tmp_path / "run")), "not all processes see the same")
+
+
 @pytest.mark.parametrize("name, times", [("SIGINT", 1), ("SIGHUP", 2)])
 def test_a_signal_stops_a_run_in_order(text, tmp_path, monkeypatch, capsys, name, times):
     """Ctrl-C, of which a second one means what it means to any program; and a closed terminal, which sends
