@@ -101,7 +101,7 @@ def freeze(model, policy):
         trains = old[-int(policy.removeprefix("top")) :] + new
     else:
         raise UserError(f"unknown policy {policy!r}: give base, older, none, top1 to top{len(old)}")
-    model.requires_grad_(policy == "none" or not trains)  # before a growth, all
+    model.requires_grad_(policy == "none" or not trains)  # before a growth all train
     for i in trains:
         model.h[i].requires_grad_(True)
     model.zero_grad()  # a frozen parameter must keep none
