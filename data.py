@@ -53,8 +53,7 @@ def tell(sentence):
 @functools.cache
 def cache_dir():
     """The one folder for downloads and tokens. Printed at first use."""
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(os.environ.get("GROWING_GPT_CACHE") or f"{caches}/growing-gpt").expanduser()
+    path = Path(os.environ.get("GROWING_GPT_CACHE") or "~/.cache/growing-gpt").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
