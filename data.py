@@ -98,7 +98,6 @@ def length(path):
 
 
 def is_right(path, size, digest=None):
-    """Whether a file has this size and, where one is published, this sha256."""
     return length(path) == size and (digest is None or sha256([np.memmap(path, mode="r")]) == digest)
 
 
@@ -146,7 +145,6 @@ def download(url, part, size):
 
 
 def sha256(arrays):
-    """Of the bytes of numpy arrays, one after the other."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array))

@@ -335,7 +335,6 @@ that trained. Use: |block(x) - x| / |x|."""
 
 
 def tables(run):
-    """A finished run in Markdown."""
     return f"## Summary of {run['name']}\n{comparison([run])}\n\n## Growths\n{growths(run)}"
 
 
