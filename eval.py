@@ -210,16 +210,14 @@ def evaluate(model, tokens, block_size=None, batch_size=8, windows=0):
 def block_use(model, tokens, block_size, rows=8):
     """How much each block changes what passes: mean |block(x) - x| / |x| over tokens of the first windows."""
     _, idx, targets = next(window_batches(tokens, block_size, rows, rows))
-    predicted, use = targets >= 0, []  # (B, T)
+    use = []
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         x = model.embed(idx.to(model.wte.weight.device))  # (B, T, C)
         for block in model.h:
-            out = block(x)
-            changed = ((out - x).norm(dim=-1) / x.norm(dim=-1)).cpu().double()  # (B, T)
-            total = torch.where(predicted, changed, 0.0).sum(-1).sum()
-            use.append((total / predicted.sum()).item())
-            x = out
+            before, x = x, block(x)
+            changed = ((x - before).norm(dim=-1) / before.norm(dim=-1)).cpu().double()  # (B, T)
+            use.append(changed[targets >= 0].mean().item())
     return use
 
 
