@@ -396,7 +396,6 @@ def plot(runs, path):
             at = max(loss, at + apart)  # no name on another
             axis.annotate(f" {line.get_label()}", (step, at), color=line.get_color(), va="center")
     figure.savefig(path, dpi=110)
-    print(f"picture: {Path(path).absolute()}", file=sys.stderr)
 
 
 def model_card(run):
@@ -589,7 +588,6 @@ def main(argv):
     networks = list(nets.values())
     if a.out:
         networks[-1].save_pretrained(a.out)
-        print(f"written: {Path(a.out).absolute()}")
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if a.prompt is not None:
             print(sample(networks, a.prompt, a.max_new_tokens, a.temperature, a.top_k, a.seed))
