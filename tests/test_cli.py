@@ -32,7 +32,6 @@ MISUSED = [  # what argparse refuses, and the word that it must name
     (train.main, ["card", "--lr=1e-3", "keep"], "keep"),
     (train.main, ["demo", "--resume", "best"], "best"),  # taken for its value
     (train.main, ["--resume=maybe"], "auto"),
-    # would do nothing, or less than nothing
     (train.main, ["--kd_temperature=3"], "--kd_weight"),
     (train.main, ["--kd_on=retain"], "--kd_weight"),
     (train.main, ["--ewc_batches=2"], "--ewc_lambda"),

@@ -57,11 +57,12 @@ def test_a_copied_block_is_its_neighbour_but_for_the_output_projections():
     """Of the block below, at the bottom of the one above; a copy of its own, and this is the default. It is
     in the mode of the network, for dropout must not work in it while the network is measured."""
     for at, training in enumerate([True, True, False, False]):
-        model = small().train(training)
+        model = small().train(training).requires_grad_(False)
         neighbour = copy.deepcopy(model.h[max(at - 1, 0)].state_dict())
         block = grow.insert_block(model, at)
         for name, p in block.state_dict().items():
             assert torch.equal(p, neighbour[name]) != name.split(".")[1].startswith("c_proj"), name
+        assert all(p.requires_grad for p in block.parameters())
         addresses = [p.data_ptr() for p in model.parameters()]
         assert len(set(addresses)) == len(addresses)  # no two share memory
         assert all(part.training == training for part in (*model.modules(), *grow.original(model).modules()))

@@ -17,7 +17,6 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.S))
 COMMANDS = sorted({line.split("#")[0].strip() for line in FENCES.splitlines()} - {""})
 PROGRAMS = {"train.py": train.main, "eval.py": ev.main}
-# The demo and what it starts from, as small as they get.
 PRETRAIN = dict(n_layer=2, n_embd=16, n_head=2, block_size=16, max_steps=4, warmup_steps=0, test_windows=2)
 SMALL = dict(block_size=16, max_steps=4, eval_windows=2, test_windows=2, eval_every=2)
 

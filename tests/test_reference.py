@@ -51,7 +51,6 @@ def train_by_hand(folder, texts, o, fisher=None, fresh=(), generated=None):
     log = SimpleNamespace(step=[], eval=[], event=[])
 
     for step in range(o.max_steps + 1):  # once more than there are steps: what the last one did is measured
-        # Measure, and grow if it is time.
         more = max(born) < o.max_growths and step < o.max_steps
         due = more and o.trigger == "schedule" and is_scheduled(step, o)
         if step % o.eval_every == 0 or step == o.max_steps or due:

@@ -399,6 +399,7 @@ def test_exported_with_a_dynamic_length_or_cached_it_computes_the_same(net):
             logits = model(ids[:, :T])[0]
             assert torch.equal(exported(ids[:, :T])[0], logits)
             assert torch.allclose(model.predict(ids[:, :T], cache), logits[:, -1], atol=1e-5)
+    assert [keys.size(2) for keys, _ in cache.values()] == [16] * 4  # of each block, all but the new
 
 
 # ----- 5. What an upload needs -----

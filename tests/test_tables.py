@@ -159,6 +159,7 @@ def test_frontier_has_a_point_for_each_way_to_predict(logs, tmp_path, monkeypatc
     assert {note.get_text().strip(): note.xy for note in frontier.texts} == expected
     names = [sorted(note.get_text().strip() for note in text.texts) for text in texts]
     assert names == [["grown", "plain"], ["grown"]]  # each line is named where it ends
+    assert [line.get_markevery() for line in texts[1].lines] == [[3, 6]]  # and growths are marked
     alone = tmp_path / "alone"  # grown, without an old text
     alone.mkdir()
     log = [row | dict.fromkeys([key for key in row if key.startswith("retain_")]) for row in GROWN[:-1]]
