@@ -43,7 +43,7 @@ def need(condition, sentence):
 
 @functools.cache
 def tell(sentence):
-    """On stderr, each once: a text is looked at when options are checked and when it is read."""
+    """To stderr, once: a text is looked at when options are checked and when it is read."""
     print(sentence, file=sys.stderr)
 
 
@@ -124,7 +124,7 @@ def fetch(urls, path, size, sha256=None):
             except requests.RequestException as e:
                 status = f", HTTP {e.response.status_code}" if e.response is not None else ""
                 tried.append(f"{url}: {type(e).__name__}{status}, after {length(part):,} bytes")
-    raise UserError(f"cannot fetch {path}, put its {size:,} bytes there by hand ({'; '.join(tried)})")
+    raise UserError(f"cannot fetch {path}: put its {size:,} bytes there by hand ({'; '.join(tried)})")
 
 
 def download(url, part, size):
@@ -174,7 +174,8 @@ def load_checkpoint(path):
             damaged = z.testzip() or any(entry.external_attr for entry in z.infolist())
         need(not damaged, "damaged: a checksum or an attribute is wrong")
         value = torch.load(path, map_location="cpu", weights_only=True)
-        need(value.get("version") == CHECKPOINT_VERSION, "not of this program or version")
+        known = isinstance(value, dict) and value.get("version") == CHECKPOINT_VERSION
+        need(known, "not of this program or version")
         return value
     except MemoryError:
         raise
@@ -237,7 +238,7 @@ def _bpe():
 
 
 def tokenizer_name(vocab_size):
-    cut = "cut more off by transformers' resize_token_embeddings(50257)"
+    cut = "transformers' resize_token_embeddings(50257) cuts off more than that"
     need(vocab_size in (BYTES, GPT2), f"{vocab_size:,} ids, not GPT-2's 50,257 or bytes' 257: {cut}")
     return "bytes" if vocab_size == BYTES else "gpt2"
 
@@ -318,7 +319,7 @@ def headers():
 
 
 def _shuffled(texts):
-    """Pieces of 2,000 characters and the rest of a line in the order of their sha256, as good as random: so
+    """Pieces of 2,000 characters and a line's rest, in the order of their sha256, as good as random: so
     train, val and test, and any prefix of them, are alike."""
     cut = re.compile(r"(?s:.{1,2000})[^\n]*\n?")
     pieces = [piece.encode("utf-8", "replace") for text in texts for piece in cut.findall(text)]
@@ -412,7 +413,7 @@ def plain_text(f, file, end, size):
 
 def pieces(parts, size=1 << 20):
     """The documents joined by <|endoftext|>, in strings of about `size` characters whose ids, joined, are
-    those of the whole: each is cut before a space or line end behind something else, where GPT-2's pattern
+    those of the whole: each is cut before a space or line end after something else, where GPT-2's pattern
     ends a token whatever comes."""
     rest = ""
     for i, text in enumerate(documents(parts, size)):

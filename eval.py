@@ -3,15 +3,15 @@
     python eval.py out/demo                               the tables of a finished run
     python eval.py out/demo out/full --plot=runs.png      one table of several, and a picture
     python eval.py out/demo --prompt "def main():"        sample from it
-    python eval.py out/demo --dataset=docs,code           losses of each version and all mixed
+    python eval.py out/demo --dataset=docs,code           losses of each version, and mixed
     python eval.py gpt2 TUNED --dataset=wikitext2         two models and both mixed
     python eval.py out/demo --version=0 --out=out/before  write a version as a stock GPT-2
     python eval.py gpt2 --dataset=wikitext2               perplexity of any model
 
 Protocol, everywhere: a split is one stream of tokens, cut into windows of block_size tokens that do not
-overlap; every token but a window's first is predicted from those before it there. Loss is in nats per
-predicted token; perplexity is its exponential. No padding counts, nothing is sampled. The blocks compute in
-the precision beside the figures; final norm, head and loss always in float32."""
+overlap; in each, every token but the first is predicted from those before it. Loss is in nats per predicted
+token; perplexity is its exponential. No padding counts, nothing is sampled. The blocks compute in the
+precision beside the figures; final norm, head and loss always in float32."""
 
 import argparse
 import ctypes
@@ -141,14 +141,15 @@ def logits(model, hidden):
     return z
 
 
-LOGITS = 1 << 24  # at a time, or one row's: a batch of long windows takes gigabytes
+LOGITS = 1 << 24  # so many at a time, or one row's: a batch of long windows takes gigabytes
 TOGETHER = 4096  # so many windows at most are kept by token, and mixed in one loop over T
 
 
 def token_losses(nets, hidden, y, kl=False):
     """Nats (K, B, T) of K networks for targets y (B, T), 0 where y is -1, from their last outputs (B, T, C).
     With `kl`, behind them KL(last but one || last) of each token's distribution: (K + 1, B, T)."""
-    rows, losses = max(1, LOGITS // (y.size(1) * nets[-1].config.vocab_size)), []
+    rows = max(1, LOGITS // (y.size(1) * nets[-1].config.vocab_size))
+    losses = []
     for targets, *outputs in zip(y.split(rows), *(out.split(rows) for out in hidden)):
         nats, log_q = [], None
         for net, x in zip(nets, outputs):
@@ -168,10 +169,10 @@ def measure(nets, tokens, block_size, batch_size=8, windows=0, kl=False):
     on how many windows each, and last the mixture, loses more than a nat to the first network; "kl" if
     asked for, else None: KL(last but one || last), how far the distribution moved, right or wrong.
 
-    All are None without a text. Ranks share the batches, and all get the result. Raises UserError if
+    Without a text each is None. Ranks share the batches, and all get the result. Raises UserError if
     block_size exceeds a model's or there is nothing to predict."""
     if tokens is None:
-        return dict.fromkeys(("windows", "mixed", "worse", "kl")) | {"losses": [None] * len(nets)}
+        return {"windows": None, "losses": [None] * len(nets), "mixed": None, "worse": None, "kl": None}
     limit = min(net.config.block_size for net in nets)
     need(2 <= block_size <= limit, f"block_size {block_size} is not from 2 to the model's {limit}")
     need(len(tokens) >= 2, "nothing to predict in fewer than two tokens")
@@ -481,7 +482,7 @@ class Mixture(torch.nn.Module):
         """Log probabilities (B, V) of what follows idx (B, T); cache: grow.run_together's."""
         hidden = grow.run_together(self.nets, idx, cache=cache)
         if self.log_p is None:  # none predicts the first token: losses of 0 keep weights equal
-            y = F.pad(idx[:, 1:], (0, 1), value=-1)  # (B, T)
+            y = torch.cat([idx[:, 1:], torch.full_like(idx[:, :1], -1)], 1)  # (B, T)
             losses = token_losses(self.nets, hidden, y).roll(1, -1).cpu().double()  # (K, B, T)
         else:
             losses = -self.log_p.gather(-1, idx[:, -1:].cpu().expand(len(hidden), -1, 1))  # (K, B, 1)
@@ -516,10 +517,10 @@ def arguments(argv):
     add("--split", choices=["train", "val", "test"], default="val")
     add("--block_size", type=int, default=0, help="context in tokens (0: the run's or model's)")
     add("--batch_size", type=int, default=8)
-    add("--windows", type=int, default=0, help="only the first so many (0: all)")
+    add("--windows", type=int, default=0, help="at most so many (0: all)")
     add("--version", type=int, help="this version alone, as in config.json")
     add("--alpha", type=float, help="0 ... 1: from the last version but one to the last")
-    add("--out", type=path, help="write the version, or that of --alpha, into a folder")
+    add("--out", type=path, help="write the version, or --alpha's, into a folder")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="float32")
     a = p.parse_args(argv)

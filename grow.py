@@ -100,7 +100,7 @@ def freeze(model, policy):
     elif policy in [f"top{n}" for n in range(1, len(old) + 1)]:
         trains = old[-int(policy.removeprefix("top")) :] + new
     else:
-        raise UserError(f"unknown policy {policy!r}: give base, older, none, top1 to top{len(old)}")
+        raise UserError(f"unknown policy {policy!r}: give base, older, none or top1 to top{len(old)}")
     model.requires_grad_(policy == "none" or not trains)  # before a growth all train
     for i in trains:
         model.h[i].requires_grad_(True)
@@ -188,7 +188,7 @@ SHARES = (0.0, 0.05)
 
 def mix(losses, shares=SHARES):
     """Loss of predicting with K networks at once: nats per token (K, B, T) -> (B, T), float64 on the CPU.
-    Losses are 0 where nothing is predicted, only at the end of a window.
+    Losses are 0 where nothing is predicted: only at the end of a window.
 
     Each share is a habit. Each pair of a habit and a network has a weight w, equal when a window starts.
     The mixture says p = sum w p_k. After each token w becomes w p_k / p: Bayes' rule. Then each habit

@@ -44,8 +44,8 @@ class GPTConfig:
         self.generation = tuple(self.generation)
         self.versions = (max(self.generation),) if self.versions is None else tuple(self.versions)
         need(self.n_embd % self.n_head == 0, f"n_head={self.n_head} must divide n_embd={self.n_embd}")
-        known = tuple(sorted({*self.versions} & {*self.generation}))
-        need(known and known == self.versions, f"versions={self.versions} must be rising generations")
+        rising = sorted({*self.versions} & {*self.generation})
+        need(rising and rising == list(self.versions), f"versions={self.versions} must rise, each of a block")
 
 
 class Attention(nn.Module):
@@ -188,7 +188,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder, card=None):
         """Write Hugging Face's format: GPT2LMHeadModel, AutoTokenizer and from_pretrained load it.
-        `card`: the text of README.md. Files are written aside and renamed, weights first; others stay."""
+        `card`: the text of README.md. Files are written aside and renamed, weights first; the rest stays."""
         folder = Path(folder).expanduser()
         texts = {"config.json": config_json(self.config), **tokenizer_files(self.config)}
         if card is not None:
@@ -431,7 +431,7 @@ def read_config(name_or_folder):
             versions = (*versions, max(generation))
         sizes = h["vocab_size"], h["n_positions"], h["n_head"], h["n_embd"]
         positive = all(type(size) is int and size > 0 for size in sizes)
-        need(positive, f"vocab_size, n_positions, n_head, n_embd must be positive integers: {sizes}")
+        need(positive, f"vocab_size, n_positions, n_head, n_embd are not positive integers: {sizes}")
         data.check_tokenizer(folder, h["vocab_size"])
         return GPTConfig(*sizes, generation, versions=versions)
     except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -70,7 +70,7 @@ class Options:
     # growth
     trigger: str = option("schedule", "what decides to grow", choices=["schedule", "plateau"])
     grow_every: int = option(500, "schedule: steps between growths", least=1)
-    first_growth: int = option(-1, "earliest step (-1: any; 0: originals never train)", least=-1)
+    first_growth: int = option(-1, "earliest step (-1: the trigger's; 0: originals never train)", least=-1)
     max_growths: int = option(3, "growths at most (0: an ordinary training run)", least=0)
     where: str = option("upper", "spread, upper (over the upper half), top, bottom, or an index")
     block_init: str = option("copy", "of the block below, or fresh", choices=["copy", "fresh"])
@@ -82,7 +82,7 @@ class Options:
     kd_weight: float = option(0.0, "weight of distillation from the pretrained network", least=0)
     kd_temperature: float = option(1.0, "its temperature", least=0.01, needs="kd_weight")
     kd_on: str = option("train", "its text", choices=["train", "retain", "generated"], needs="kd_weight")
-    kd_rows: int = option(4, "rows of old or generated text a batch", least=1, needs="kd_weight")
+    kd_rows: int = option(4, "old or generated rows beside a batch", least=1, needs="kd_weight")
     generated: int = option(2048, "rows the pretrained network writes", least=1, needs="kd_weight")
     ewc_lambda: float = option(0.0, "weight of elastic weight consolidation", least=0)
     ewc_batches: int = option(32, "batches of 8 old rows for its Fisher", least=1, needs="ewc_lambda")
@@ -285,7 +285,8 @@ def train(o):
     for key, what in {"init_sha256": o.init, "sha256": "a text"}.items():
         need(log[0][key] == header[key], f"{what} is not what {out} started with: restore it")
     log[0] = header  # of the last start
-    least, most = (ev.over_ranks(torch.tensor(first), op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    least = ev.over_ranks(torch.tensor(first), dist.ReduceOp.MIN)
+    most = ev.over_ranks(torch.tensor(first), dist.ReduceOp.MAX)
     need(least == most, f"not all processes see the same {out}: put it on a disk that all share")
     evals = [row for row in log if row["kind"] == "eval"]
     events = [row for row in log if row["kind"] == "event"]
@@ -361,7 +362,7 @@ def train(o):
     print(f"{o.command} (all options are in {out}/metrics.jsonl)")
     print(f"{header['machine']}; {header['layers']} layers, {header['parameters']:,} parameters")
     if o.init != "scratch" and not keeps:
-        print("the pretrained network trains and is not kept: --first_growth=0 --freeze=base keeps it")
+        print("the pretrained network is not kept; growing with --first_growth=0 --freeze=base keeps it")
     if o.max_growths and o.starts_growing >= o.max_steps:
         print(f"no growth: the first is due at step {o.starts_growing} of {o.max_steps}")
     if first:
@@ -453,7 +454,7 @@ def train(o):
         losses = torch.zeros(4, device=device)  # next token, distillation, EWC, gradient norm
         for i, (x, y) in enumerate(micro_batches(o, texts, generated, step, device, rank, world)):
             last_micro_step = i == o.grad_accum - 1
-            ddp.require_backward_grad_sync = last_micro_step  # only then ranks average gradients
+            ddp.require_backward_grad_sync = last_micro_step  # then ranks average gradients
             with autocast:
                 nll, kd = ddp(x, y)
             loss = (nll + o.kd_weight * kd) / o.grad_accum
