@@ -3,6 +3,7 @@
 (Texts and files that are refused: test_strangers.py.)"""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -129,6 +130,7 @@ def test_a_run_says_what_was_typed_and_how_to_go_on(text, tmp_path, capsys):
     assert not any("--weight_decay" in line for line in before) and "--resume" not in printed
     expected = {"batch_size": 4, "n_embd": 16, "lr": 0.01, "weight_decay": 0.01, "freeze": "base", "seed": 0}
     assert rows(out, "header")[0]["config"].items() >= expected.items()
+    assert re.search(r"\nstep 3 loss \d.* \d ms .* tok/s depth 3 \d.* min left\n", printed)  # it has grown
     end = printed[printed.rindex("\n|") :]  # below the last table
     for needed in (f"{out}/model", f"python eval.py {out}", "--plot", "--prompt"):
         assert needed in end

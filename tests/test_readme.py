@@ -57,7 +57,7 @@ def test_the_demo_goes_on_after_a_stop_in_the_training_of_its_base(tmp_path, mon
     train.main([*demo, "--resume"])
     base, grown = capsys.readouterr().out.split("The base is ready")
     assert "resumed at step 3" in base and "| before" not in base  # its end is one line
-    assert "| before" in grown and "mixed" in grown
+    assert "| before" in grown and "mixed" in grown and "training draws 16 from them" in grown
     (words,) = re.findall(r"Ordinary fine-tuning: python train.py (.*)", grown)
     train.main(shlex.split(words))
     full = ev.read_run(shlex.split(words)[-1].removeprefix("--out="))

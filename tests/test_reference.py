@@ -31,8 +31,7 @@ from model import GPT
 EOT = BYTES - 1  # <|endoftext|>
 T = 16  # tokens a row
 
-# ------------------------------------------------------------------------------------------------------------
-# The trainer. o: the options, under the program's names. texts: {"learn", "retain"}, each {"train", "val"}.
+# ----- The trainer. o: options, under the program's names. texts: {"learn", "retain"}, split each. -----
 # What is random in a run is handed over: Fisher information, weights of fresh blocks, generated text. (That
 # these are what they should be, test_grow.py shows; that a run may be stopped anywhere, test_train.py.)
 
@@ -204,8 +203,7 @@ def learning_rate(o, step):
     return o.lr * warm * (half_cosine if o.lr_schedule == "cosine" else 1.0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The runs
+# ----- The runs -----
 
 # Said in every run:
 COMMON = TINY | dict(lr=1e-3, max_steps=9, grow_every=None, eval_every=4, eval_windows=6)
