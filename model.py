@@ -45,7 +45,8 @@ class GPTConfig:
         self.versions = (max(self.generation),) if self.versions is None else tuple(self.versions)
         need(self.n_embd % self.n_head == 0, f"n_head={self.n_head} must divide n_embd={self.n_embd}")
         rising = sorted({*self.versions} & {*self.generation})
-        need(rising and rising == list(self.versions), f"versions={self.versions} must rise, each of a block")
+        known = rising and rising == list(self.versions)
+        need(known, f"versions must be rising generations of its blocks, not {self.versions}")
 
 
 class Attention(nn.Module):
@@ -82,7 +83,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention + MLP. With both c_proj zero it returns x, bit for bit: so a network grows."""
+    """x + attention + MLP. With both c_proj zero it returns x, bit for bit: that is how a network grows."""
 
     def __init__(self, config):
         super().__init__()

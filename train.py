@@ -378,7 +378,7 @@ def train(o):
             signal.signal(number, signal.SIG_DFL)
 
     stops = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup asks
         stops.append(signal.SIGHUP)  # a terminal closes
     for number in stops:
         signal.signal(number, note)
@@ -393,7 +393,7 @@ def train(o):
         # --- measure, unless a run stopped here has done it
         if measures and not (evals and evals[-1]["step"] == step):
             found = validate()
-            loss, _, _, norm = last_step() if step > first else [None] * 4  # triggers may ask
+            loss, _, _, norm = last_step() if step > first else [None] * 4  # for triggers to ask
             evals.append(record("eval", step=step, **found, loss=loss, norm=norm))
             words = [f"{key.replace('_', ' ')} {v:.4f}" for key, v in found.items() if v is not None]
             print(f"step {step}/{o.max_steps} validation: {', '.join(words)}")
@@ -454,7 +454,7 @@ def train(o):
         losses = torch.zeros(4, device=device)  # next token, distillation, EWC, gradient norm
         for i, (x, y) in enumerate(micro_batches(o, texts, generated, step, device, rank, world)):
             last_micro_step = i == o.grad_accum - 1
-            ddp.require_backward_grad_sync = last_micro_step  # then ranks average gradients
+            ddp.require_backward_grad_sync = last_micro_step  # only then ranks average gradients
             with autocast:
                 nll, kd = ddp(x, y)
             loss = (nll + o.kd_weight * kd) / o.grad_accum

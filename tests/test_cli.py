@@ -191,8 +191,7 @@ def test_more_steps_on_resume_grow_where_one_run_would(text, tmp_path):
 
 
 def test_ranks_that_go_on_from_different_checkpoints_are_refused(text, tmp_path, monkeypatch):
-    most = lambda tensor, op: tensor + (op == train.dist.ReduceOp.MAX)  # of two ranks
-    monkeypatch.setattr(ev, "over_ranks", most)
+    monkeypatch.setattr(ev, "over_ranks", lambda tensor, op: tensor + (op == train.dist.ReduceOp.MAX))
     refused(lambda: train.main(arguments(text, tmp_path / "run")), "not all processes see the same")
 
 

@@ -60,7 +60,7 @@ def test_the_demo_goes_on_after_a_stop_in_the_training_of_its_base(tmp_path, mon
     assert "| before" in grown and "mixed" in grown and "training draws 16 from them" in grown
     (words,) = re.findall(r"Ordinary fine-tuning: python train.py (.*)", grown)
     train.main(shlex.split(words))
-    full = ev.read_run(shlex.split(words)[-1].removeprefix("--out="))
+    full = ev.read_run(shlex.split(words)[-1].removeprefix("--out="), finished=True)
     assert full["event"] == [] and all(row["kd"] == 0 for row in full["step"])
 
 

@@ -205,7 +205,6 @@ def learning_rate(o, step):
 
 # ----- The runs -----
 
-# Said in every run:
 COMMON = TINY | dict(lr=1e-3, max_steps=9, grow_every=None, eval_every=4, eval_windows=6)
 # What the program takes where nothing is said:
 DEFAULTS = dict(

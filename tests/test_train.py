@@ -349,12 +349,14 @@ def test_a_folder_that_cannot_be_made_is_found_before_training(text, monkeypatch
 # ----- options -----
 
 FOLDERS = {  # a preset's is for it alone, or another network would lie where the demo looks for its base
+    "": "out/card",
     "--max_steps=9": "out/card",  # a longer run is the same run, but not under a cosine
     "pretrain": "out/pretrain",
     "pretrain --device=cpu --save_every=7": "out/pretrain",
     "pretrain demo": "out/pretrain-demo",
     "pretrain --n_layer=4": "out/pretrain-n_layer=4",
-    "pretrain --lr=1 --max_steps=9": "out/pretrain-max_steps=9-lr=1.0",  # in one order, however typed
+    "pretrain --lr=1 --n_layer=4": "out/pretrain-n_layer=4-lr=1.0",  # in one order, however they are typed
+    "pretrain --max_steps=9": "out/pretrain-max_steps=9",
     "pretrain --n_layer=4 --out=here": "here",
 }
 
